@@ -1,0 +1,24 @@
+"""torch.compile(model, backend="liger"): hand-written Triton kernels for any model, found by matching its maths.
+
+The backend needs no import: installing the package registers it with torch. What is here is for looking at what it does
+(`explain`, `rewrite`) and for adding to it (`pattern`, `register_pattern`).
+"""
+
+from .explain import explain
+from .options import Options
+from .registry import make_pattern, pattern, register_pattern
+from .report import Report
+from .rewrite import rewrite
+from .terms import PatternError
+
+__all__ = [
+    "Options",
+    "PatternError",
+    "Report",
+    "explain",
+    "make_pattern",
+    "pattern",
+    "register_pattern",
+    "rewrite",
+]
+__version__ = "0.1.0"

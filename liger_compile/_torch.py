@@ -1,0 +1,129 @@
+"""Every use of a private torch API, each behind one function that says why and on which versions it was checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """An identity of the memory behind a (fake) tensor: views of one tensor share it.
+
+    Public torch compares storages only through `data_ptr`, which fake tensors do not have. Checked on 2.11, 2.13.
+    """
+    return tensor.untyped_storage()._cdata
+
+
+def bind_schema(name: str, args: list[Any], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """The arguments of an aten operation in its schema's order, defaults filled in; None if no overload takes them.
+
+    Checked on 2.11, 2.13.
+    """
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return None
+    for overload in packet.overloads():
+        schema = getattr(packet, overload)._schema.arguments
+        names = [a.name for a in schema]
+        if len(args) > len(names) or overload.endswith("out"):
+            continue
+        bound = dict(zip(names, args, strict=False))
+        renamed = {"self" if k == "input" else k: v for k, v in kwargs.items()}
+        if set(renamed) - set(names) or set(renamed) & set(bound):
+            continue
+        bound.update(renamed)
+        if all(a.name in bound or a.has_default_value() for a in schema):
+            return tuple(bound.get(a.name, a.default_value if a.has_default_value() else None) for a in schema)
+    return None
+
+
+def is_pure(name: str) -> bool:
+    """Whether an aten operation gives the same result for the same arguments, and writes to none of them.
+
+    Checked on 2.11, 2.13.
+    """
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return False
+    overloads = [getattr(packet, o) for o in packet.overloads()]
+    return not any(torch.Tag.nondeterministic_seeded in o.tags for o in overloads) and not name.endswith("_")
+
+
+def is_plain_tensor(value: Any) -> bool:
+    """Whether a recorded example value stands for an ordinary tensor, not for a subclass such as DTensor.
+
+    Fake tensors have no public name. Checked on 2.11, 2.13.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return type(value) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
+
+
+def run_on_fakes(node: torch.fx.Node, value_of: Any) -> Any:
+    """The example value of a new node, computed from those of its arguments.
+
+    Uses the fake tensors' own mode, so that symbolic sizes stay those of the graph. Checked on 2.11, 2.13.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    args = torch.fx.node.map_arg(node.args, value_of)
+    kwargs = torch.fx.node.map_arg(node.kwargs, value_of)
+    mode = next((v.fake_mode for v in map(value_of, node.all_input_nodes) if isinstance(v, FakeTensor)), None)
+    target = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
+    with torch.no_grad():
+        if mode is None:
+            return target(*args, **kwargs)
+        with mode:
+            return target(*args, **kwargs)
+
+
+def constant(value: Any) -> int | None:
+    """The integer a size expression is known to be, without adding a guard. Checked on 2.11, 2.13."""
+    if isinstance(value, int):
+        return value
+    expr = value.node.expr
+    return int(expr) if expr.is_number else None
+
+
+def inductor_options() -> frozenset[str]:
+    """The names of Inductor's own options. Checked on 2.11, 2.13."""
+    from torch._inductor import list_options
+
+    return frozenset(list_options())
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """What a `mode` of torch.compile means in Inductor's options. Checked on 2.11, 2.13."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode)) if mode is not None else {}
+
+
+def compile_fx(gm: torch.fx.GraphModule, example_inputs: Any, config: dict[str, Any]) -> Any:
+    """Inductor, as torch.compile calls it. Takes ownership of `gm`. Checked on 2.11, 2.13."""
+    from torch._inductor.compile_fx import compile_fx as inductor
+
+    return inductor(gm, example_inputs, config_patches=config or None)
+
+
+def copy_module(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The same module with a graph of its own; parameters and submodules are shared.
+
+    Dynamo keeps notes as plain attributes on its module and on placeholder nodes (`_dynamo_source`), which AOTAutograd
+    reads and `Graph.graph_copy` leaves behind. Checked on 2.11, 2.13.
+    """
+    graph = torch.fx.Graph(tracer_cls=gm.graph._tracer_cls)
+    copies: dict[torch.fx.Node, torch.fx.Node] = {}
+    result = graph.graph_copy(gm.graph, copies)
+    output = graph.output(result)
+    output.meta = next(n for n in reversed(gm.graph.nodes) if n.op == "output").meta.copy()
+    for old, new in copies.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    after = torch.fx.GraphModule(gm, graph, type(gm).__name__)
+    after.meta = dict(gm.meta)
+    for name, value in vars(gm).items():
+        if name not in vars(after):
+            after.__dict__[name] = value
+    return after

@@ -1,0 +1,70 @@
+"""The backend that `torch.compile(model, backend="liger")` finds through the `torch_dynamo_backends` entry point."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from . import _torch, debug
+from .options import Options, split_options
+from .report import Report
+from .rewrite import rewrite
+
+log = logging.getLogger("liger_compile")
+
+
+def liger(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Rewrites a Dynamo graph and compiles the result with Inductor.
+
+    Args:
+        mode: Inductor's ("reduce-overhead", "max-autotune", ...).
+        options: `liger.*` keys are ours (docs/options.md), all others Inductor's.
+
+    Whatever cannot be rewritten is compiled as it is, with the reason logged once.
+    """
+    ours, inductor = split_options(options)
+    config = {**_torch.mode_options(mode), **inductor}
+    report = _rewritten(gm, ours)
+    if report is None:
+        return _torch.compile_fx(gm, example_inputs, config)
+    after = report.graphs[0].after
+    if after is gm:
+        return _torch.compile_fx(gm, example_inputs, config)
+    try:
+        return _torch.compile_fx(after, example_inputs, config)
+    except Exception as error:
+        _warn(f"the rewritten graph does not compile, so the original is used: {type(error).__name__}: {error}")
+        return _torch.compile_fx(gm, example_inputs, config)
+
+
+def _rewritten(gm: fx.GraphModule, options: Options) -> Report | None:
+    """The report of a rewrite, or None if our own code fails: a model that Inductor compiles must still compile."""
+    try:
+        report = rewrite(gm, options)
+    except Exception as error:
+        _warn(f"rewriting failed, so the graph is compiled as it is: {type(error).__name__}: {error}")
+        log.debug("rewriting failed", exc_info=True)
+        return None
+    log.info("%s", report)
+    if options.debug:
+        debug.write(report, options.debug)
+    return report
+
+
+_warned: set[str] = set()
+
+
+def _warn(message: str) -> None:
+    """Once for each reason, however many graphs it concerns."""
+    if message not in _warned:
+        _warned.add(message)
+        log.warning(message)

@@ -1,0 +1,31 @@
+"""Debug mode: the graphs before and after, and the report, as files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import fx
+
+from .report import Report
+
+FOLDER = "liger_debug"
+
+
+def write(report: Report, folder: bool | str | os.PathLike[str]) -> Path:
+    """Writes before.py, after.py and report.txt to a new numbered folder, and returns it."""
+    root = Path(FOLDER if folder is True else folder)
+    root.mkdir(parents=True, exist_ok=True)
+    number = len([p for p in root.iterdir() if p.is_dir()])
+    while (here := root / f"{number:03d}").exists():
+        number += 1
+    here.mkdir()
+    for graph in report.graphs:
+        (here / "before.py").write_text(_readable(graph.before))
+        (here / "after.py").write_text(_readable(graph.after))
+    (here / "report.txt").write_text(f"{report}\n")
+    return here
+
+
+def _readable(gm: fx.GraphModule) -> str:
+    return gm.print_readable(print_output=False, include_stride=True, include_device=True)

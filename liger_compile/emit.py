@@ -1,0 +1,179 @@
+"""Puts the replacement of a match into the graph."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import _torch
+from .graph_terms import GraphTerms, value_of
+from .legality import Illegal, Site
+from .policy import tag
+from .terms import PatternError, Term, describe, same
+
+
+def target_of(replacement: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What a graph calls for a replacement, and the arguments fixed by `functools.partial`."""
+    fixed: dict[str, Any] = {}
+    while isinstance(replacement, functools.partial):
+        if replacement.args:
+            raise PatternError(f"replacement {replacement}: fix arguments by name, not by position")
+        fixed = {**replacement.keywords, **fixed}
+        replacement = replacement.func
+    replacement = getattr(replacement, "_opoverload", replacement)  # what torch.library.custom_op returns
+    if isinstance(replacement, torch._ops.OpOverloadPacket):
+        replacement = replacement.default
+    return replacement, fixed
+
+
+def parameters_of(target: Callable[..., Any]) -> dict[str, bool]:
+    """The names of a callable's parameters, and whether each must be given."""
+    if isinstance(target, torch._ops.OpOverload):
+        return {a.name: not a.has_default_value() for a in target._schema.arguments}
+    named = inspect.signature(target).parameters.values()
+    return {p.name: p.default is p.empty for p in named if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
+class Emitter:
+    """Inserts nodes before one place in the graph; takes them back if the rewrite fails."""
+
+    def __init__(self, view: GraphTerms, site: Site, moved: dict[fx.Node, fx.Node]) -> None:
+        self.view, self.site, self.moved = view, site, moved
+        self.inserted: list[fx.Node] = []
+        self._made: dict[Term, fx.Node] = {}
+
+    def node(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        with self.view.graph.inserting_before(self._here()):
+            node = self.view.graph.create_node(op, target, args, kwargs or {})
+        origin = self.site.outputs[0]
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in origin.meta:
+                node.meta[key] = origin.meta[key]
+        self.inserted.append(node)
+        node.meta["example_value"] = _torch.run_on_fakes(node, value_of)
+        return node
+
+    def _here(self) -> fx.Node:
+        return self.site.before
+
+    def operand(self, value: Any) -> Any:
+        """A captured operand as an argument: the node that holds it, or nodes that compute it."""
+        if isinstance(value, torch.SymInt):
+            raise Illegal(f"{value} is a size that only the compiler knows")
+        if not isinstance(value, Term):
+            return value
+        carriers = self.view.carriers.get(value)
+        if carriers:
+            return self.moved.get(carriers[0], carriers[0])
+        if value not in self._made:
+            make = _IMPLICIT.get(value.op)
+            if make is None:
+                raise Illegal(f"{describe(value)} is not computed anywhere in the graph")
+            self._made[value] = make(self, *value.args)
+        return self._made[value]
+
+    def undo(self) -> None:
+        for node in reversed(self.inserted):
+            self.view.graph.erase_node(node)
+
+
+def _sizes(shape: tuple[Any, ...]) -> list[int]:
+    """A shape as literal arguments: at most one extent may be symbolic."""
+    symbolic = [i for i, n in enumerate(shape) if not isinstance(n, int)]
+    if len(symbolic) > 1:
+        raise Illegal(f"the shape {shape} has more than one symbolic size")
+    return [-1 if i in symbolic else n for i, n in enumerate(shape)]
+
+
+def _slice(e: Emitter, x: Term, dim: int, lo: Any, hi: Any, step: int) -> fx.Node:
+    extent = x.shape[dim]
+    if not isinstance(hi, int):
+        behind = hi - extent
+        if same(hi, extent):
+            hi = None
+        elif _torch.constant(behind) is not None:
+            hi = _torch.constant(behind)  # counted from the end
+        else:
+            raise Illegal(f"the slice ends at {hi}, a size that only the compiler knows")
+    if not isinstance(lo, int):
+        raise Illegal(f"the slice begins at {lo}, a size that only the compiler knows")
+    index = (Ellipsis, slice(lo, hi, step), *(slice(None),) * (-dim - 1))
+    return e.node("call_function", operator.getitem, (e.operand(x), index))
+
+
+_IMPLICIT: dict[str, Callable[..., fx.Node]] = {
+    "cast": lambda e, x, dtype: e.node("call_method", "to", (e.operand(x), dtype)),
+    "reshape": lambda e, x, shape: e.node("call_method", "reshape", (e.operand(x), *_sizes(shape))),
+    "permute": lambda e, x, order: e.node("call_method", "permute", (e.operand(x), *_full(x, order))),
+    "slice": _slice,
+    "linear": lambda e, x, w, b: e.node(
+        "call_function", torch.nn.functional.linear, (e.operand(x), e.operand(w), e.operand(b))
+    ),
+}
+
+
+def _full(x: Term, order: tuple[int, ...]) -> tuple[int, ...]:
+    return (*range(len(x.shape) - len(order)), *(len(x.shape) + i for i in order))
+
+
+def emit(view: GraphTerms, site: Site, moved: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+    """Inserts the replacement call and returns the nodes that hold its results, one for each of the site's outputs.
+
+    Raises `Illegal`, leaving the graph as it was, if the results are not what they replace.
+    """
+    emitter = Emitter(view, site, moved)
+    try:
+        call = _call(emitter)
+        results = [call]
+        if len(site.outputs) > 1:
+            results = [emitter.node("call_function", operator.getitem, (call, i)) for i in range(len(site.outputs))]
+        results = [_fit(emitter, r, o) for r, o in zip(results, site.outputs, strict=True)]
+    except Illegal:
+        emitter.undo()
+        raise
+    except Exception as error:  # the replacement's own fake implementation refuses its arguments
+        emitter.undo()
+        raise Illegal(f"the replacement does not take these operands: {type(error).__name__}: {error}") from error
+    for node in emitter.inserted[emitter.inserted.index(call) :]:
+        tag(node, site.match.pattern.recompute)
+    return results
+
+
+def _call(emitter: Emitter) -> fx.Node:
+    match = emitter.site.match
+    target, fixed = target_of(match.pattern.replacement)
+    accepted = parameters_of(target)
+    given = {**match.captures, **{k: v for k, v in match.spelling.choice.items() if k in accepted}}
+    given.update(fixed)
+    node = emitter.node("call_function", target, (), {n: emitter.operand(given[n]) for n in accepted if n in given})
+    node.meta["liger_pattern"] = match.pattern.name
+    return node
+
+
+def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal strides, but for dimensions of extent one, where strides have no meaning."""
+    return all(same(n, 1) or same(s, t) for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def _fit(emitter: Emitter, result: fx.Node, original: fx.Node) -> fx.Node:
+    """The result with the dtype and layout of what it replaces; code behind it may rely on both."""
+    new, old = value_of(result), value_of(original)
+    if not isinstance(new, torch.Tensor) or not same(tuple(new.shape), tuple(old.shape)) or new.device != old.device:
+        found = f"{tuple(new.shape)} on {new.device}" if isinstance(new, torch.Tensor) else repr(new)
+        raise Illegal(f"the replacement gives {found}, the graph has {tuple(old.shape)} on {old.device}", original)
+    if new.dtype is not old.dtype:
+        if torch.promote_types(new.dtype, old.dtype) is not new.dtype:
+            raise Illegal(f"the replacement gives {new.dtype}, the graph has {old.dtype}", original)
+        result = emitter.node("call_method", "to", (result, old.dtype))  # computed in more precision, rounded once
+        new = value_of(result)
+    if not _same_layout(new, old):
+        if not old.is_contiguous():
+            raise Illegal(f"the replacement has strides {new.stride()}, the graph has {old.stride()}", original)
+        result = emitter.node("call_method", "contiguous", (result,))
+    return result

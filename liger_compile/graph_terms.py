@@ -1,0 +1,271 @@
+"""An FX graph seen as canonical terms: what each node's value is, where it is read, and what changes it.
+
+Works on Dynamo graphs (`example_value` metadata) and on ATen graphs (`val`). Nothing in the graph is modified.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import _torch
+from .rules import RULES, Call, NotCanonical
+from .terms import Term, Terms
+
+_NAMESPACES = (torch, torch.nn.functional, torch._C._nn, operator, torch.special, torch.linalg)
+_INPLACE_OPERATORS = {
+    fn: name
+    for fn, name in (
+        (operator.iadd, "add"),
+        (operator.isub, "sub"),
+        (operator.imul, "mul"),
+        (operator.itruediv, "div"),
+        (operator.ipow, "pow"),
+        (operator.setitem, "setitem"),
+        (operator.iand, "and"),
+        (operator.ior, "or"),
+    )
+}
+
+
+def value_of(node: Any) -> Any:
+    """The example value recorded for a node; the argument itself when it is not a node."""
+    if not isinstance(node, fx.Node):
+        return node
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def call_name(target: Any) -> str | None:
+    """The canonical name of a torch call, whichever way it is spelled; None for calls that are not torch's."""
+    if isinstance(target, str):
+        return target.strip("_") if target.startswith("__") else target
+    if isinstance(target, torch._ops.OpOverload):
+        target = target.overloadpacket
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        namespace, _, name = target._qualified_op_name.partition("::")
+        return name if namespace == "aten" else None
+    name = getattr(target, "__name__", None)
+    if name is not None and any(getattr(space, name, None) is target for space in _NAMESPACES):
+        return name.strip("_") if name.startswith("__") else name
+    return None
+
+
+@dataclass(frozen=True)
+class Region:
+    """The modes a node runs under. A rewrite must not move work from one region to another."""
+
+    grad: bool = True
+    contexts: tuple[str, ...] = ()
+
+
+@dataclass
+class GraphTerms:
+    """The terms of one graph."""
+
+    graph: fx.Graph
+    of: dict[fx.Node, Term] = field(default_factory=dict)
+    """The term of each tensor-valued node."""
+    carriers: dict[Term, list[fx.Node]] = field(default_factory=dict)
+    """The nodes that hold a term, in graph order."""
+    nodes: list[fx.Node] = field(default_factory=list)
+    position: dict[fx.Node, int] = field(default_factory=dict)
+    region: dict[fx.Node, Region] = field(default_factory=dict)
+    mutations: dict[Any, list[fx.Node]] = field(default_factory=dict)
+    """For each storage, the nodes that write to it, in graph order."""
+    version: dict[Term, int] = field(default_factory=dict)
+    """For a term read after its node was written to: how many writes it had seen."""
+    terms: Terms = field(default_factory=Terms)
+    _pieces: dict[fx.Node, tuple[Any, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def view(cls, graph: fx.Graph, region: Region | None = None) -> GraphTerms:
+        """The terms of a graph that is entered with the given modes on."""
+        self = cls(graph)
+        self.nodes = list(graph.nodes)
+        for position, node in enumerate(self.nodes):
+            self.position[node] = position
+            for written in _written_by(node):
+                self.mutations.setdefault(_storage(written), []).append(node)
+        region = region or Region()
+        for node in self.nodes:
+            region = _region_after(node, region)
+            self.region[node] = region
+            self._visit(node)
+        return self
+
+    def _visit(self, node: fx.Node) -> None:
+        value = value_of(node)
+        self.terms.scope = self.region[node]
+        if isinstance(value, (tuple, list)) and any(isinstance(v, torch.Tensor) for v in value):
+            pieces = self._canonical(node, value)
+            self._pieces[node] = pieces if isinstance(pieces, tuple) else ()
+            return
+        if not isinstance(value, torch.Tensor):
+            return
+        term = self._canonical(node, value)
+        if not isinstance(term, Term):
+            term = self._leaf(node, value)
+        self.of[node] = term
+        self.carriers.setdefault(term, []).append(node)
+
+    def _leaf(self, node: fx.Node, value: torch.Tensor) -> Term:
+        return self.terms.make("leaf", (node.name,), value.dtype, value.shape)
+
+    def _canonical(self, node: fx.Node, value: Any) -> Any:
+        """The node's value in canonical form; None where it has none."""
+        if node.op not in ("call_function", "call_method") or any(True for _ in _written_by(node)):
+            return None
+        if node.target is operator.getitem and node.args[0] in self._pieces:
+            pieces, index = self._pieces[node.args[0]], node.args[1]
+            return pieces[index] if isinstance(index, int) and index < len(pieces) else None
+        name = call_name(node.target)
+        try:
+            args = [self._read(a, node) for a in node.args]
+            kwargs = {k: self._read(v, node) for k, v in node.kwargs.items()}
+        except NotCanonical:
+            return None
+        if isinstance(value, torch.Tensor):
+            if any(isinstance(a, fx.Node) and _elsewhere(value_of(a), value) for a in node.all_input_nodes):
+                return None
+            call = Call(self.terms, value.dtype, tuple(value.shape))
+        else:
+            call = Call(self.terms, parts=tuple(value))
+        return canonical(call, name, node.target, args, kwargs, unique=node.name)
+
+    def _read(self, arg: Any, reader: fx.Node) -> Any:
+        """An argument as the reader sees it: a term, a number, or containers of these."""
+        if isinstance(arg, (tuple, list)):
+            return type(arg)(self._read(a, reader) for a in arg) if type(arg) in (tuple, list) else arg
+        if isinstance(arg, slice):
+            return slice(*(self._read(a, reader) for a in (arg.start, arg.stop, arg.step)))
+        if not isinstance(arg, fx.Node):
+            return arg
+        if arg in self._pieces:
+            return self._pieces[arg]
+        if arg not in self.of:
+            value = value_of(arg)
+            if isinstance(value, torch.SymFloat):
+                number = self.terms.make("number", (arg.name,))
+                self.carriers.setdefault(number, [arg])
+                return number
+            if value is None or isinstance(value, torch.SymBool):
+                raise NotCanonical("reads a value of unknown kind")
+            return value
+        seen = self.writes_before(arg, reader)
+        if seen == self.writes_before(arg, arg, inclusive=True):
+            return self.of[arg]
+        value = value_of(arg)
+        term = self.terms.make("leaf", (f"{arg.name} after {self._writer(arg, seen)}",), value.dtype, value.shape)
+        self.carriers.setdefault(term, [arg])
+        self.version[term] = seen
+        return term
+
+    def _writer(self, node: fx.Node, writes: int) -> str:
+        return self.mutations[_storage(value_of(node))][writes - 1].name
+
+    def writes_before(self, node: fx.Node, reader: fx.Node, inclusive: bool = False) -> int:
+        """How many writes to the node's storage come before the reader."""
+        value = value_of(node)
+        writes = self.mutations.get(_storage(value), ()) if isinstance(value, torch.Tensor) else ()
+        limit = self.position[reader] + inclusive
+        return sum(self.position[w] < limit for w in writes)
+
+
+def canonical(call: Call, name: str | None, target: Any, args: list[Any], kwargs: dict[str, Any], unique: Any) -> Any:
+    """The canonical form of a call, or a generic term that only a call of the same function matches.
+
+    `unique` tells apart calls that are not known to give the same result twice.
+    """
+    if name in RULES:
+        renamed = {_FIRST.get(k, k): v for k, v in kwargs.items()}
+        first = [renamed.pop("x")] if "x" in renamed else []
+        try:
+            return RULES[name](call, *first, *args, **renamed)
+        except (NotCanonical, TypeError):  # TypeError: arguments the rule does not know
+            pass
+    kwargs = {k: v for k, v in kwargs.items() if not k.startswith("_")}
+    bound = _torch.bind_schema(name, args, kwargs) if name is not None else None
+    if bound is None:
+        bound = (*args, *(v for _, v in sorted(kwargs.items())))
+    if name is not None and _torch.is_pure(name):
+        unique = None
+    args = (name or target, *(tuple(b) if isinstance(b, list) else b for b in bound))
+    return call.terms.make("call", args, call.dtype, call.shape, unique)
+
+
+_FIRST = {"input": "x", "self": "x", "tensor": "x", "axis": "dim", "size": "shape"}
+
+
+def _elsewhere(a: Any, b: torch.Tensor) -> bool:
+    return isinstance(a, torch.Tensor) and a.device != b.device and a.ndim > 0
+
+
+def _storage(value: Any) -> Any:
+    return _torch.storage_key(value) if isinstance(value, torch.Tensor) else None
+
+
+def _written_by(node: fx.Node) -> Iterator[torch.Tensor]:
+    """The tensors a call writes to."""
+    if node.op not in ("call_function", "call_method"):
+        return
+    written: list[Any] = []
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op == "call_method":
+        if (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__"):
+            written = [node.args[0]]
+    elif node.target in _INPLACE_OPERATORS:
+        written = [node.args[0]]
+    elif isinstance(node.target, torch._ops.OpOverload):
+        schema = node.target._schema
+        named = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+        written = [
+            named.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
+        ]
+    elif name.endswith("_") and not name.endswith("__") and call_name(node.target) is not None:
+        written = [node.args[0]]
+    if node.kwargs.get("inplace") is True and node.args:
+        written.append(node.args[0])
+    elif name in _INPLACE_FLAG and len(node.args) > _INPLACE_FLAG[name] and node.args[_INPLACE_FLAG[name]] is True:
+        written.append(node.args[0])
+    written.append(node.kwargs.get("out"))
+    for w in written:
+        for item in w if isinstance(w, (tuple, list)) else (w,):
+            value = value_of(item)
+            if isinstance(value, torch.Tensor):
+                yield value
+
+
+_INPLACE_FLAG = {"silu": 1, "relu": 1, "mish": 1, "dropout": 3, "leaky_relu": 2, "elu": 2, "hardtanh": 3}
+
+
+def _region_after(node: fx.Node, region: Region) -> Region:
+    """Follows the calls by which Dynamo enters and leaves grad modes, autocast and functorch levels."""
+    if node.op != "call_function":
+        return region
+    name = getattr(node.target, "__name__", "")
+    if name == "_set_grad_enabled":
+        return Region(bool(node.args[0]), region.contexts)
+    if name.startswith("_enter_") or name.endswith("_increment_nesting"):
+        return Region(region.grad, (*region.contexts, f"{name}{node.args}"))
+    if name.startswith("_exit_") or name.endswith("_decrement_nesting"):
+        return Region(region.grad, region.contexts[:-1])
+    return region
+
+
+def inputs_of(node: fx.Node, stop: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """The tensor-valued nodes a node is computed from, up to and excluding those `stop` names."""
+    seen: dict[fx.Node, None] = {}
+    todo = [node]
+    while todo:
+        for n in todo.pop().all_input_nodes:
+            value = value_of(n)
+            tensor_like = isinstance(value, torch.Tensor) or isinstance(value, (tuple, list))
+            if n not in seen and tensor_like and not stop(n):
+                seen[n] = None
+                todo.append(n)
+    return list(seen)

@@ -1,0 +1,161 @@
+"""Whether a match may be rewritten where it stands. Each refusal is a sentence for the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from . import _torch
+from .graph_terms import inputs_of, value_of
+from .match import Match
+from .terms import Term
+
+_FREE = {"cast", "slice", "select", "reshape", "permute", "expand"}
+"""Views and casts: when something else reads them too, the graph keeps them, and nothing is computed twice."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Illegal(Exception):
+    """A match that must be left alone, with the reason."""
+
+    def __init__(self, reason: str, at: fx.Node | None = None) -> None:
+        super().__init__(reason)
+        self.at = at
+
+
+@dataclass(frozen=True)
+class Site:
+    """A match in place: the nodes it replaces and where the replacement goes."""
+
+    match: Match
+    outputs: tuple[fx.Node, ...]
+    """The nodes that hold the pattern's results."""
+    interior: tuple[fx.Node, ...]
+    """The nodes between the operands and the results, which die with the rewrite."""
+    before: fx.Node
+    """The replacement is inserted before this node."""
+    recomputed: tuple[fx.Node, ...] = field(default=())
+    """Interior nodes that the graph also returns, to be computed only if someone reads them."""
+
+
+def sites(match: Match) -> list[Site]:
+    """Where a match stands; several places if the graph computes the same thing more than once."""
+    view = match.view
+    first = [_computed(match, root) for root in match.roots]
+    if len(match.roots) > 1:
+        return [_site(match, tuple(nodes[0] for nodes in first))]
+    found = [_site(match, (node,)) for node in first[0]]
+    found.sort(key=lambda s: view.position[s.before])
+    return found
+
+
+def _computed(match: Match, root: Term) -> list[fx.Node]:
+    """The nodes that compute a term, leaving out those that only pass it on (`.contiguous()`)."""
+    carriers = match.view.carriers[root]
+    computed = [n for n in carriers if not any(match.view.of.get(i) is root for i in n.all_input_nodes)]
+    return computed or carriers[:1]
+
+
+def operands(match: Match) -> list[tuple[str, Term]]:
+    """The tensors a match reads, by the names of the pattern's parameters."""
+    return [(n, t) for n, t in match.captures.items() if isinstance(t, Term) and not t.is_number]
+
+
+def sources(match: Match) -> dict[fx.Node, Term]:
+    """The nodes that exist in the graph and from which the operands are read."""
+    found: dict[fx.Node, Term] = {}
+    todo = [t for t in match.captures.values() if isinstance(t, Term)]
+    while todo:
+        term = todo.pop()
+        nodes = match.view.carriers.get(term)
+        if nodes:
+            found[nodes[0]] = term
+        else:  # computed only implicitly (a cast by autocast): its own operands are what is read
+            todo.extend(a for a in term.args if isinstance(a, Term))
+    return found
+
+
+def _site(match: Match, outputs: tuple[fx.Node, ...]) -> Site:
+    view = match.view
+    read = sources(match)
+    read_terms = set(read.values())
+    for output in outputs:
+        if view.of.get(output) in read_terms:
+            raise Illegal("the result is also an operand", output)
+    interior: dict[fx.Node, None] = {}
+    for output in outputs:
+        for node in inputs_of(output, stop=lambda n: view.of.get(n) in read_terms or n in outputs):
+            interior[node] = None
+    start = max([view.position[n] for n in read], default=-1) + 1
+    before = max(min(view.position[o] for o in outputs), start)
+    return Site(match, outputs, tuple(interior), view.nodes[before])
+
+
+def check(site: Site) -> None:
+    """Raises `Illegal` if rewriting the site could change what the graph computes."""
+    _check_operands(site)
+    _check_regions(site)
+    _check_order(site)
+    _check_mutation(site)
+    _check_other_users(site)
+    if site.match.pattern.check is not None:
+        reason = site.match.pattern.check(site.match)
+        if reason is not None:
+            raise Illegal(reason, site.outputs[0])
+
+
+def _check_operands(site: Site) -> None:
+    devices = set()
+    for name, term in operands(site.match):
+        for node in site.match.view.carriers.get(term, ())[:1]:
+            value = value_of(node)
+            if not _torch.is_plain_tensor(value):
+                raise Illegal(f"{name} is a {type(value).__name__}, a tensor subclass", node)
+            devices.add(value.device)
+        if term.is_float and term.dtype not in DTYPES:
+            raise Illegal(f"{name} is {str(term.dtype).removeprefix('torch.')}, which the kernels do not compute in")
+    if len(devices) > 1:
+        raise Illegal(f"the operands are on different devices: {', '.join(sorted(map(str, devices)))}")
+
+
+def _check_regions(site: Site) -> None:
+    region = site.match.view.region
+    here = region[site.outputs[0]]
+    for node in (*site.outputs, *site.interior, site.before):
+        if region[node] != here:
+            raise Illegal(f"{node.name} runs in another grad, autocast or functorch region", node)
+    if any("nesting" in context for context in here.contexts):
+        raise Illegal("runs inside a functorch transform (vmap, grad)", site.outputs[0])
+
+
+def _check_order(site: Site) -> None:
+    position = site.match.view.position
+    inside = {*site.outputs, *site.interior}
+    for output in site.outputs:
+        for user in output.users:
+            if user not in inside and position[user] < position[site.before]:
+                raise Illegal(f"{output.name} is used by {user.name} before all operands are known", user)
+
+
+def _check_mutation(site: Site) -> None:
+    view = site.match.view
+    for node, term in sources(site.match).items():
+        seen = view.version.get(term, view.writes_before(node, node, inclusive=True))
+        if view.writes_before(node, site.before) != seen:
+            writer = view.mutations[_torch.storage_key(value_of(node))][seen]
+            raise Illegal(f"{node.name} is changed in place by {writer.name} in between", writer)
+
+
+def _check_other_users(site: Site) -> None:
+    inside = {*site.outputs, *site.interior}
+    for node in site.interior:
+        term = site.match.view.of.get(node)
+        if node in site.recomputed or (term is not None and term.op in _FREE):
+            continue
+        for user in node.users:
+            if user not in inside:
+                what = "returned" if user.op == "output" else f"also used by {user.name}"
+                raise Illegal(f"the intermediate result {node.name} is {what}", user)

@@ -1,0 +1,350 @@
+"""Finding patterns in a graph's terms, and the best near misses.
+
+Unification walks a pattern's terms and a graph's terms together. Commutative operands are tried both ways, casts that a
+dtype makes superfluous may be absent, and products may be associated differently. What a pattern leaves open (sizes,
+dtypes) is checked once its operands are known. A near miss is a match with exactly one difference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from .graph_terms import GraphTerms
+from .pattern import Pattern, Spelling, subterms
+from .rules import Call, mul
+from .terms import COMMUTATIVE, Expr, Term, describe, evaluate, same
+
+
+@dataclass(frozen=True)
+class Match:
+    """A pattern found in a graph: what its operands and results are there."""
+
+    spelling: Spelling
+    view: GraphTerms
+    captures: dict[str, Any]
+    """Each operand of the pattern function: a Term, a number, or None for an optional tensor that is absent."""
+    roots: tuple[Term, ...]
+    """The terms of the pattern's results."""
+    terms: frozenset[Term]
+    """Every term matched by an operation of the pattern."""
+
+    @property
+    def pattern(self) -> Pattern:
+        return self.spelling.pattern
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.captures[name].dtype
+
+    def shape(self, name: str) -> tuple[Any, ...]:
+        return self.captures[name].shape
+
+    def nodes(self, name: str) -> list[fx.Node]:
+        """The nodes that hold an operand; none if the graph computes it only implicitly."""
+        return self.view.carriers.get(self.captures[name], [])
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A place where a pattern matches but for one difference."""
+
+    spelling: Spelling
+    root: Term
+    reason: str
+    at: Term
+    score: float
+    terms: frozenset[Term]
+
+
+@dataclass(frozen=True)
+class _Difference:
+    expected: Any
+    found: Any
+    inside: Term
+    reason: str
+    related: bool
+    """Whether both sides are of one family (silu and gelu), so that one plausibly stands for the other."""
+
+
+@dataclass(frozen=True)
+class _State:
+    """One partial match."""
+
+    bound: dict[str, Any] = field(default_factory=dict)
+    pairs: dict[Term, Term] = field(default_factory=dict)
+    checks: tuple[tuple[Any, Any, Term], ...] = ()
+    difference: _Difference | None = None
+
+    def pair(self, p: Term, t: Term) -> _State:
+        return dataclasses.replace(self, pairs={**self.pairs, p: t})
+
+    def bind(self, name: str, value: Any) -> _State:
+        return dataclasses.replace(self, bound={**self.bound, name: value})
+
+    def check(self, expected: Any, actual: Any, inside: Term) -> _State:
+        return dataclasses.replace(self, checks=(*self.checks, (expected, actual, inside)))
+
+
+_FAMILIES = (
+    {"silu", "gelu", "relu", "sigmoid", "tanh", "softplus", "mish", "leaky_relu", "elu", "hardswish", "hardsigmoid"},
+    {"add", "sub"},
+    {"mul", "div"},
+    {"square", "pow", "abs"},
+    {"rsqrt", "sqrt", "reciprocal", "pow"},
+    {"mean", "sum", "amax", "var", "std"},
+    {"cat", "stack"},
+    {"cross_entropy", "cross_entropy_of_probabilities", "nll_loss", "kl_div", "mse_loss"},
+)
+_COMMON = {"add", "sub", "mul", "div", "neg", "cast", "slice", "select", "cat", "reshape", "permute", "expand"}
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _name(term: Term) -> str:
+    """What an operation is called: of a generic call, the function."""
+    return term.args[0] if term.op == "call" and isinstance(term.args[0], str) else term.op
+
+
+def _related(p: Term, t: Term) -> bool:
+    return any(_name(p) in family and _name(t) in family for family in _FAMILIES)
+
+
+class Matcher:
+    """Matches patterns against one graph.
+
+    `relaxed` also takes code that computes in half precision where the pattern computes in float32; `tolerant` allows
+    one difference and is how near misses are found.
+    """
+
+    def __init__(self, view: GraphTerms, relaxed: bool = False, tolerant: bool = False) -> None:
+        self.view, self.relaxed, self.tolerant = view, relaxed, tolerant
+        self._anchors: dict[str, list[Term]] = {}
+        for term in view.carriers:
+            self._anchors.setdefault(_name(term), []).append(term)
+
+    # ---- whole patterns -------------------------------------------------------------------------------------------
+
+    def anchors(self, root: Term) -> list[Term]:
+        """The terms of the graph that a pattern's result could be, in graph order."""
+        names = {_name(root)}
+        while root.op == "cast":
+            root = root.args[0]
+            names.add(_name(root))
+        if self.tolerant:
+            names |= {n for family in _FAMILIES if _name(root) in family for n in family}
+        found = [t for name in names for t in self._anchors.get(name, ())]
+        return sorted(found, key=self._position)
+
+    def _enter(self, anchor: Term) -> None:
+        """Terms made while matching belong where the anchor is."""
+        self.view.terms.scope = self.view.region[self.view.carriers[anchor][0]]
+
+    def _position(self, term: Term) -> int:
+        return self.view.position[self.view.carriers[term][0]]
+
+    def matches(self, spelling: Spelling, anchor: Term, taken: set[Term]) -> Iterator[Match]:
+        """The ways a pattern's first result can be `anchor`."""
+        self._enter(anchor)
+        for state in self._roots(spelling, anchor, taken):
+            roots = tuple(state.pairs[r] for r in spelling.roots)
+            captures = {name: state.bound[name] for name in spelling.variables}
+            yield Match(spelling, self.view, captures, roots, frozenset(state.pairs.values()))
+
+    def near_miss(self, spelling: Spelling, anchor: Term) -> NearMiss | None:
+        """The closest match with one difference, if it is close enough to be worth telling."""
+        self._enter(anchor)
+        best: NearMiss | None = None
+        for state in self._unify(spelling.roots[0], anchor, _State(), anchor, None):
+            difference = self._unmet(state) or state.difference
+            if difference is None:
+                continue
+            matched = {p for p in state.pairs if p is not difference.expected}
+            score = len(matched) / spelling.operations
+            known = {_name(p) for p in matched} - _COMMON
+            if score < 0.5 - 1e-9 or not (known or difference.related or score >= 0.7):
+                continue
+            if best is None or score > best.score:
+                at = difference.found if isinstance(difference.found, Term) else difference.inside
+                best = NearMiss(spelling, anchor, difference.reason, at, score, frozenset(state.pairs.values()))
+        return best
+
+    def _roots(self, spelling: Spelling, anchor: Term, taken: set[Term]) -> Iterator[_State]:
+        states: Iterator[_State] = self._unify(spelling.roots[0], anchor, _State(), anchor, None)
+        for root in spelling.roots[1:]:
+            states = self._next_root(states, root, anchor, taken)
+        return (s for s in states if self._unmet(s) is None)
+
+    def _next_root(self, states: Iterator[_State], root: Term, anchor: Term, taken: set[Term]) -> Iterator[_State]:
+        """Further results are looked for near the first one."""
+        here = self._position(anchor)
+        near = sorted(self.anchors(root), key=lambda t: abs(self._position(t) - here))[:8]
+        for state in states:
+            for other in near:
+                if other not in taken and other not in state.pairs.values():
+                    yield from self._unify(root, other, state, other, None)
+
+    def _unmet(self, state: _State) -> _Difference | None:
+        """The first size or dtype that is not what the pattern says, now that its operands are known."""
+
+        def matched(term: Term) -> Term:
+            return state.bound[term.args[0]] if term.op == "var" else state.pairs[term]
+
+        for expected, actual, inside in state.checks:
+            try:
+                value = evaluate(expected, matched)
+            except (KeyError, AttributeError, IndexError, TypeError):
+                if state.difference is not None:  # an operand inside the difference
+                    continue
+                return _Difference(expected, actual, inside, f"{describe(expected)} is not known here", False)
+            if not same(value, actual):
+                reason = f"has {describe(actual)} in {describe(inside, 1)} where the pattern has {describe(expected)}"
+                return _Difference(expected, actual, inside, f"{reason} = {describe(value)}", False)
+        return None
+
+    # ---- unification ----------------------------------------------------------------------------------------------
+
+    def _differs(self, state: _State, p: Any, t: Any, inside: Term, reason: str | None = None) -> Iterator[_State]:
+        """A difference ends the match, or is noted where one is allowed."""
+        if self.tolerant and state.difference is None:
+            related = isinstance(p, Term) and isinstance(t, Term) and _related(p, t)
+            reason = reason or f"has {describe(t, 2)} where the pattern has {describe(p, 2)}"
+            yield dataclasses.replace(state, difference=_Difference(p, t, inside, reason, related))
+
+    def _unify(self, p: Any, t: Any, state: _State, inside: Term, context: torch.dtype | None) -> Iterator[_State]:
+        """Every way to extend `state` so that the graph's `t` is the pattern's `p`.
+
+        `context` is the dtype that arithmetic around `t` promotes it to.
+        """
+        if isinstance(p, Term):
+            if p.op == "var":
+                yield from self._bind(p, t, state, inside)
+            elif not isinstance(t, Term):
+                yield from self._differs(state, p, t, inside)
+            elif p in state.pairs:
+                if state.pairs[p] is t:
+                    yield state
+                else:
+                    yield from self._differs(state, p, t, inside)
+            elif p.op == "cast":
+                yield from self._cast(p, t, state, context)
+            elif p.op == "slice" and t.op != "slice" and p.args[4] == 1:
+                x, dim, lo, hi, _ = p.args  # a slice that takes everything leaves no trace in the graph
+                if t.shape is not None:
+                    whole = state.pair(p, t).check(lo, 0, t).check(hi, t.shape[dim], t)
+                    yield from self._unify(x, t, whole, inside, None)
+                yield from self._differs(state, p, t, inside)
+            elif p.op != t.op:
+                yield from self._other_operation(p, t, state, inside)
+            else:
+                yield from self._operands(p, t, state)
+        elif isinstance(p, Expr):
+            if isinstance(t, Term):
+                yield from self._differs(state, p, t, inside)
+            else:
+                yield state.check(p, t, inside)
+        elif isinstance(p, tuple) and isinstance(t, (tuple, list)):
+            if any(isinstance(x, Term) for x in p) and len(p) == len(t):
+                yield from self._all(list(zip(p, t, strict=True)), state, inside, None)
+            elif any(isinstance(x, Expr) for x in p) and len(p) == len(t):
+                yield state.check(p, tuple(t), inside)
+            elif same(p, tuple(t)):
+                yield state
+            else:
+                yield from self._differs(state, p, t, inside)
+        elif same(p, t):
+            yield state
+        else:
+            reason = f"{describe(inside, 1)} has {describe(t)} where the pattern has {describe(p)}"
+            yield from self._differs(state, p, t, inside, reason)
+
+    def _bind(self, p: Term, t: Any, state: _State, inside: Term) -> Iterator[_State]:
+        name, kind = p.args
+        number = not isinstance(t, Term) or t.is_number
+        fits = {
+            "any": t is not None,
+            "tensor": not number,
+            "tensor?": t is None or not number,
+            "scalar": t is not None and number,
+        }[kind]
+        if not fits:
+            yield from self._differs(state, p, t, inside, f"{name} is {describe(t, 2)}, not a {kind.rstrip('?')}")
+        elif name not in state.bound:
+            yield state.bind(name, t)
+        elif state.bound[name] is t or (not isinstance(t, Term) and same(state.bound[name], t)):
+            yield state
+        else:
+            reason = f"{name} is {describe(state.bound[name], 2)} in one place and {describe(t, 2)} in another"
+            yield from self._differs(state, p, t, inside, reason)
+
+    def _cast(self, p: Term, t: Term, state: _State, context: torch.dtype | None) -> Iterator[_State]:
+        """A cast in the pattern is a cast in the graph, or none where the dtype is right without."""
+        inner, dtype = p.args
+        if t.op == "cast":
+            yield from self._unify(inner, t.args[0], state.pair(p, t).check(dtype, t.dtype, t), t, None)
+        promoted = context is not None and same(dtype, context) and t.is_float and t.dtype in _HALF
+        lower = self.relaxed and dtype is torch.float32 and t.dtype in _HALF
+        unchanged = state.pair(p, t)
+        if not (promoted or lower):
+            unchanged = unchanged.check(dtype, t.dtype, t)
+        yield from self._unify(inner, t, unchanged, t, context)
+
+    def _other_operation(self, p: Term, t: Term, state: _State, inside: Term) -> Iterator[_State]:
+        if not (self.tolerant and state.difference is None):
+            return
+        noted = list(self._differs(state, p, t, inside))
+        if not _related(p, t):
+            yield from noted
+            return
+        operands = [a for a in t.args if isinstance(a, Term)]
+        pairs = list(zip([a for a in p.args if isinstance(a, Term)], operands, strict=False))
+        for s in noted:  # one operation stands in another's place: the rest must still agree
+            yield from self._all(pairs, s.pair(p, t), t, None)
+            if p.op in COMMUTATIVE and len(pairs) == 2:
+                yield from self._all([(pairs[0][0], pairs[1][1]), (pairs[1][0], pairs[0][1])], s.pair(p, t), t, None)
+
+    def _operands(self, p: Term, t: Term, state: _State) -> Iterator[_State]:
+        state = state.pair(p, t)
+        context = t.dtype
+        if len(p.args) != len(t.args):
+            yield from self._differs(state, p, t, t)
+            return
+        if p.op not in COMMUTATIVE:
+            yield from self._all(list(zip(p.args, t.args, strict=True)), state, t, context)
+            return
+        (a, b), (x, y) = p.args, t.args
+        yield from self._all([(a, x), (b, y)], state, t, context)
+        yield from self._all([(a, y), (b, x)], state, t, context)
+        if p.op == "mul" and not self.tolerant:
+            yield from self._reassociated(p, t, state)
+
+    def _reassociated(self, p: Term, t: Term, state: _State) -> Iterator[_State]:
+        """(x * y) * z is also x * (y * z), where the pattern has a product or its square or silu in the other place."""
+        for nested, z in (t.args, reversed(t.args)):
+            if not (isinstance(nested, Term) and nested.op == "mul" and isinstance(z, Term) and nested.dtype is t.dtype):
+                continue
+            for x, y in (nested.args, reversed(nested.args)):
+                if not (isinstance(x, Term) and isinstance(y, Term)):
+                    continue
+                regrouped = mul(Call(self.view.terms, t.dtype, t.shape), y, z)
+                for a, b in (p.args, reversed(p.args)):
+                    if isinstance(b, Term) and b.op in ("mul", "square", "silu") and regrouped.op == b.op:
+                        yield from self._all([(a, x), (b, regrouped)], state, t, t.dtype)
+
+    def _all(
+        self, pairs: list[tuple[Any, Any]], state: _State, inside: Term, context: torch.dtype | None
+    ) -> Iterator[_State]:
+        if not pairs:
+            yield state
+            return
+        (p, t), *rest = pairs
+        for s in self._unify(p, t, state, inside, context):
+            yield from self._all(rest, s, inside, context)
+
+
+def operations(spelling: Spelling) -> set[str]:
+    """The names of a spelling's operations."""
+    return {_name(t) for r in spelling.roots for t in subterms(r) if t.op != "var"}

@@ -1,0 +1,50 @@
+"""Defining an op: schema, reference, kernel and fake implementation in one call."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "liger_compile"
+
+
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], cuda: Callable[..., Any]) -> Any:
+    """Defines `liger_compile::<schema>` and returns the op. `reference` serves every device but CUDA."""
+    name = f"{NAMESPACE}::{schema.partition('(')[0]}"
+    # The fakes promise strides for the inputs as traced, so Inductor must pass inputs laid out just so.
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+    torch.library.define(name, schema[schema.index("(") :], tags=tags)
+    torch.library.impl(name, "CompositeExplicitAutograd")(reference)
+    torch.library.impl(name, "CUDA")(cuda)
+    torch.library.register_fake(name)(fake)
+    return getattr(getattr(torch.ops, NAMESPACE), name.partition("::")[2]).default
+
+
+def kernel(module: str, function: str) -> Callable[..., Any]:
+    """A function of `liger_compile.kernels.<module>`, imported on first use: triton is not needed before."""
+
+    @functools.cache
+    def load() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"liger_compile.kernels.{module}"), function)
+
+    return lambda *args, **kwargs: load()(*args, **kwargs)
+
+
+def dense_like(y: Tensor, x: Tensor) -> Tensor:
+    """y with the strides of `torch.empty_like(x)`, as the fakes promise; copied only if it has others."""
+    strides = torch.empty_like(x, device="meta").stride()
+    return y if y.stride() == strides else y.new_empty_strided(y.shape, strides).copy_(y)
+
+
+def once_differentiable(op: Any) -> None:
+    """Makes differentiating a backward op an error instead of a silent zero."""
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{op.name()} has no second derivative; compute this gradient without create_graph=True")
+
+    torch.library.register_autograd(op.name(), refuse)

@@ -1,0 +1,213 @@
+"""Cross-entropy of a linear layer's outputs, without ever holding all of them.
+
+`linear_cross_entropy(hidden, weight, bias, target, ignore_index=-100, reduction="mean") -> loss`
+
+    logits = hidden @ weight.T + bias                             (rounded to hidden's dtype, as in eager)
+    loss_i = log(sum_j exp(logits_ij)) - logits_i,target_i        (float32)
+
+- hidden [N, H], weight [V, H], bias [V] or None: one dtype of float32, bfloat16, float16. target [N]: int64 in [0, V), or
+  `ignore_index`. loss: float32, a scalar; the mean over the rows not ignored (NaN if there are none), or the sum.
+- Rows are taken in chunks (`chunk_rows`): one chunk's logits become their own gradient in place, and that is multiplied
+  into dhidden and dweight at once, so the forward already holds the gradients and the backward only scales them. Both
+  are kept in float32 and rounded once, after scaling. A gradient nobody needs is not computed.
+- Memory above inputs: one chunk of logits, 4 N H bytes and 4 V H bytes for the float32 gradients.
+- A target outside [0, V) raises IndexError on the CPU and a device-side assertion on CUDA, as in eager.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._library import NAMESPACE, define, kernel, once_differentiable
+
+REDUCTIONS = ("mean", "sum")
+CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}
+
+
+def chunk_rows(n: int, vocabulary: int, itemsize: int, device: str) -> int:
+    """Rows of logits to hold at a time: as many as fit CHUNK_BYTES, in equal chunks, in multiples of 128.
+
+    Each chunk reads the weight twice and reads and writes its gradient, so chunks much below 1024 rows make the matrix
+    products wait for memory; docs/loss.md has the measurements.
+    """
+    fit = max(CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (vocabulary * itemsize), 128)
+    chunks = -(-n // fit)
+    rows = -(-n // max(chunks, 1))
+    return max(-(-rows // 128) * 128, 128)
+
+
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, reduction: str) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"linear_cross_entropy: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [N, H], [V, H]"
+        )
+    if hidden.dtype != weight.dtype or (bias is not None and bias.dtype != hidden.dtype):
+        raise ValueError(f"linear_cross_entropy: hidden is {hidden.dtype}, weight {weight.dtype}; they must agree")
+    if bias is not None and (bias.ndim != 1 or bias.shape[0] != weight.shape[0]):
+        raise ValueError(f"linear_cross_entropy: bias has shape {tuple(bias.shape)}, needs [{weight.shape[0]}]")
+    if target.ndim != 1 or target.shape[0] != hidden.shape[0] or target.dtype != torch.int64:
+        raise ValueError(
+            f"linear_cross_entropy: target is {target.dtype}{tuple(target.shape)}, needs int64[{hidden.shape[0]}]"
+        )
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"linear_cross_entropy: reduction is one of {REDUCTIONS}, not {reduction!r}")
+
+
+def _forward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    reduction: str,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check(hidden, weight, bias, target, reduction)
+    wide = torch.promote_types(torch.float32, hidden.dtype)
+
+    def grad(like: Tensor | None, needed: bool) -> Tensor:
+        return hidden.new_empty(like.shape if needed else (0,), dtype=wide)
+
+    scalar = hidden.new_empty((), dtype=wide)
+    return (
+        scalar,
+        torch.empty_like(scalar),
+        grad(hidden, need_dhidden),
+        grad(weight, need_dweight),
+        grad(bias, need_dbias),
+    )
+
+
+def _check_targets(target: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
+    """Which rows count. Raises for a target that is neither a class nor `ignore_index`."""
+    counted = target != ignore_index
+    valid = ~counted | ((target >= 0) & (target < vocabulary))
+    if target.is_cuda:
+        torch._assert_async(valid.all(), "linear_cross_entropy: target out of range")
+    elif not valid.all():
+        raise IndexError(f"Target {int(target[~valid][0])} is out of bounds for {vocabulary} classes.")
+    return counted
+
+
+def _reference_rows(logits: Tensor, target: Tensor, ignore_index: int, gradient: bool) -> Tensor:
+    """The loss of each row of logits [n, V], float32; the logits become d(loss_row)/d(logits) if `gradient`."""
+    counted = target != ignore_index
+    index = torch.where(counted, target, 0).unsqueeze(1)
+    wide = logits.to(torch.promote_types(torch.float32, logits.dtype), copy=True)
+    lse = torch.logsumexp(wide, dim=1, keepdim=True)
+    loss = torch.where(counted, (lse - wide.gather(1, index)).squeeze(1), 0)
+    if gradient:
+        wide.sub_(lse).exp_()
+        wide.scatter_add_(1, index, wide.new_full((), -1).expand_as(index))
+        logits.copy_(torch.where(counted.unsqueeze(1), wide, 0))
+    return loss
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b, with `out` float32 and the product never rounded to a narrower dtype."""
+    if a.dtype is not out.dtype and out.is_cuda:
+        if add:
+            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+        else:
+            torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=int(add))
+
+
+def _forward_with(rows_of: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any):
+    """The chunked algorithm; `rows_of` computes the losses and gradients of one chunk of logits."""
+    ignore_index, reduction, need_dhidden, need_dweight, need_dbias = rest
+    loss, inverse, dhidden, dweight, dbias = _forward_fake(hidden, weight, bias, target, *rest)
+    gradient = need_dhidden or need_dweight or need_dbias
+    counted = _check_targets(target, ignore_index, weight.shape[0])
+    losses = hidden.new_empty(hidden.shape[0], dtype=loss.dtype)
+    size = chunk_rows(hidden.shape[0], weight.shape[0], weight.element_size(), weight.device.type)
+    dbias.zero_()
+    if hidden.shape[0] == 0:
+        dweight.zero_()
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, hidden.shape[0], size):
+            rows = slice(start, start + size)
+            h = hidden[rows]
+            logits = torch.mm(h, weight.t()) if bias is None else torch.addmm(bias, h, weight.t())
+            losses[rows] = rows_of(logits, target[rows], ignore_index, gradient)
+            if need_dhidden:
+                _product(dhidden[rows], logits, weight)
+            if need_dweight:
+                _product(dweight, logits.t(), h, add=start > 0)
+            if need_dbias:
+                dbias += logits.sum(0, dtype=dbias.dtype)
+    count = counted.sum().to(loss.dtype) if reduction == "mean" else torch.ones_like(loss)
+    torch.div(losses.sum(), count, out=loss)
+    inverse.copy_(torch.where(count > 0, 1 / count, 0.0))
+    return loss, inverse, dhidden, dweight, dbias
+
+
+def _reference(*args: Any) -> tuple[Tensor, ...]:
+    return _forward_with(_reference_rows, *args)
+
+
+def _cuda(*args: Any) -> tuple[Tensor, ...]:
+    return _forward_with(kernel("cross_entropy", "rows"), *args)
+
+
+linear_cross_entropy_forward = define(
+    "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index,"
+    " str reduction, bool need_dhidden, bool need_dweight, bool need_dbias)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _reference,
+    _forward_fake,
+    _cuda,
+)
+once_differentiable(linear_cross_entropy_forward)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any) -> Tensor:
+        need = [bool(n) for n in ctx.needs_input_grad[:3]]
+        loss, *saved = linear_cross_entropy_forward(hidden, weight, bias, target, *rest, *need)
+        ctx.save_for_backward(*saved)
+        ctx.dtype = hidden.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
+        inverse, *gradients = ctx.saved_tensors
+        scale = dloss * inverse
+        scaled = [
+            (g * scale).to(ctx.dtype) if needed else None
+            for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)
+        ]
+        return *scaled, None, None, None
+
+
+_NAME = f"{NAMESPACE}::linear_cross_entropy"
+torch.library.define(
+    _NAME,
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index=-100, str reduction='mean') -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl(_NAME, "CompositeImplicitAutograd")
+def _composite(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    if not torch.is_grad_enabled():
+        return linear_cross_entropy_forward(hidden, weight, bias, target, ignore_index, reduction, False, False, False)[0]
+    return _LinearCrossEntropy.apply(hidden, weight, bias, target, ignore_index, reduction)
+
+
+linear_cross_entropy = torch.ops.liger_compile.linear_cross_entropy.default

@@ -1,0 +1,105 @@
+"""RMS normalisation over the last dimension: `y = x / sqrt(mean(x^2) + eps) * (offset + weight)`.
+
+`rms_norm(x, weight, eps, offset=0.0, rounding="normed") -> y`
+
+- x: [..., H], float32, bfloat16 or float16, any strides; weight: [H] or None.
+- The statistics and products are float32. `rounding` says where values are rounded to x's dtype, as models differ:
+  - "normed": the normalised x, before the weight (Llama). y has the promoted dtype of x and weight.
+  - "result": the product with the weight (Gemma, OLMo 2). y has x's dtype.
+  - "factor": 1 / sqrt(...) and the products, all in x's dtype (DeepSeek-V4). y has the promoted dtype.
+- y has x's strides, made dense. Gradients: dx in x's dtype; dweight is summed in float32, then rounded once.
+
+Formula: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019 (arXiv:1910.07467).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._library import define, dense_like, kernel, once_differentiable
+
+ROUNDINGS = ("normed", "result", "factor")
+
+
+def _check(x: Tensor, weight: Tensor | None, rounding: str) -> None:
+    if weight is not None and (weight.ndim != 1 or weight.shape[0] != x.shape[-1]):
+        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, x needs [{x.shape[-1]}]")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rms_norm: rounding is one of {ROUNDINGS}, not {rounding!r}")
+
+
+def _out_dtype(x: Tensor, weight: Tensor | None, rounding: str) -> torch.dtype:
+    return x.dtype if weight is None or rounding == "result" else torch.promote_types(x.dtype, weight.dtype)
+
+
+def _fake(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, rounding: str = "normed") -> Tensor:
+    _check(x, weight, rounding)
+    return torch.empty_like(x, dtype=_out_dtype(x, weight, rounding))
+
+
+def _reference(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, rounding: str = "normed") -> Tensor:
+    _check(x, weight, rounding)
+    h = x.float() if x.dtype is not torch.float64 else x
+    factor = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    y = x * factor.to(x.dtype) if rounding == "factor" else h * factor
+    if rounding == "normed":
+        y = y.to(x.dtype)
+    if weight is not None:
+        y = y * ((offset + weight) if rounding != "result" else (offset + weight.to(y.dtype)))
+    return dense_like(y.to(_out_dtype(x, weight, rounding)), x)
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, offset: float, rounding: str, need_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(0) if not need_dweight else torch.empty_like(weight)
+
+
+def _backward_reference(
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, offset: float, rounding: str, need_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(torch.float32, x.dtype)
+    h, g = x.to(wide), dy.to(wide)
+    factor = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    normed = h * factor
+    dnormed = g if weight is None else g * (offset + weight.to(wide))
+    dx = factor * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))
+    dx = dense_like(dx.to(x.dtype), x)
+    if not need_dweight:
+        return dx, x.new_empty(0)
+    seen = normed if rounding == "result" else normed.to(x.dtype).to(wide)
+    return dx, (g * seen).flatten(0, -2).sum(0).to(weight.dtype)
+
+
+rms_norm = define(
+    'rms_norm(Tensor x, Tensor? weight, float eps, float offset=0.0, str rounding="normed") -> Tensor',
+    _reference,
+    _fake,
+    kernel("rms_norm", "forward"),
+)
+rms_norm_backward = define(
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps, float offset, str rounding, bool need_dweight)"
+    " -> (Tensor, Tensor)",
+    _backward_reference,
+    _backward_fake,
+    kernel("rms_norm", "backward"),
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.eps, ctx.offset, ctx.rounding = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    need_dweight = weight is not None and ctx.needs_input_grad[1]
+    dx, dweight = rms_norm_backward(dy, x, weight, ctx.eps, ctx.offset, ctx.rounding, need_dweight)
+    return dx, dweight if need_dweight else None, None, None, None
+
+
+torch.library.register_autograd(rms_norm.name(), _backward, setup_context=_setup)
+once_differentiable(rms_norm_backward)

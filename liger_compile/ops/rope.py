@@ -1,0 +1,164 @@
+"""Rotary position embedding, rotate-half form: `y = x * cos + cat(-x2, x1) * sin`, x1 and x2 the halves of x.
+
+`rope(x, cos, sin, upcast=False, contiguous=False) -> y`
+`rope_pair(q, k, cos, sin, upcast=False, contiguous=False) -> (y_q, y_k)`: two tensors that share cos and sin, in one launch.
+
+- x: [..., D], 2 to 4 dimensions, any strides, float32, bfloat16 or float16.
+- cos, sin: [..., R], one dtype, broadcast against x's leading dimensions, R even and R <= D. Where R < D only the first R
+  components are rotated, by R / 2, and the rest are passed on.
+- Products and their sum are rounded to the promoted dtype of x and cos (float32 if `upcast`), as in eager; y has x's
+  dtype. y has x's strides, made dense, or is contiguous, as torch.cat's results are.
+- cos and sin are constants: asking for their gradient is an error. The backward rotates the other way.
+
+Formula: Su et al., RoFormer, 2021 (arXiv:2104.09864), in the half layout of GPT-NeoX.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._library import define, dense_like, kernel, once_differentiable
+
+
+def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    rotated = cos.shape[-1]
+    if cos.shape != sin.shape or cos.dtype != sin.dtype:
+        raise ValueError(f"rope: cos {cos.dtype}{tuple(cos.shape)} and sin {sin.dtype}{tuple(sin.shape)} must be alike")
+    if rotated % 2 or rotated > x.shape[-1]:
+        raise ValueError(f"rope: cos has {rotated} components, which must be even and at most x's {x.shape[-1]}")
+    lead = torch.broadcast_shapes(x.shape[:-1], cos.shape[:-1])
+    if tuple(lead) != tuple(x.shape[:-1]) or not 2 <= x.ndim <= 4:
+        raise ValueError(f"rope: cos {tuple(cos.shape)} does not broadcast to x {tuple(x.shape)}")
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, upcast: bool, forward: bool) -> Tensor:
+    """The rotation, or its transpose, rounded as the forward in eager is. x's dtype, no particular strides."""
+    rotated = cos.shape[-1]
+    part, rest = x[..., :rotated], x[..., rotated:]
+    h = part.float() if upcast else part
+    x1, x2 = h.chunk(2, dim=-1)
+    if forward:
+        y = h * cos + torch.cat((-x2, x1), dim=-1) * sin
+    else:
+        s1, s2 = sin.chunk(2, dim=-1)
+        y = h * cos + torch.cat((x2 * s2, -x1 * s1), dim=-1)
+    return torch.cat((y.to(x.dtype), rest), dim=-1)
+
+
+def _empty(x: Tensor, contiguous: bool) -> Tensor:
+    return x.new_empty(x.shape) if contiguous else torch.empty_like(x)
+
+
+def _fake(x: Tensor, cos: Tensor, sin: Tensor, upcast: bool = False, contiguous: bool = False) -> Tensor:
+    _check(x, cos, sin)
+    return _empty(x, contiguous)
+
+
+def _reference(x: Tensor, cos: Tensor, sin: Tensor, upcast: bool = False, contiguous: bool = False) -> Tensor:
+    _check(x, cos, sin)
+    y = _rotate(x, cos, sin, upcast, True)
+    return y.contiguous() if contiguous else dense_like(y, x)
+
+
+def _pair_fake(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, upcast: bool = False, contiguous: bool = False
+) -> tuple[Tensor, Tensor]:
+    return _fake(q, cos, sin, upcast, contiguous), _fake(k, cos, sin, upcast, contiguous)
+
+
+def _pair_reference(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, upcast: bool = False, contiguous: bool = False
+) -> tuple[Tensor, Tensor]:
+    return _reference(q, cos, sin, upcast, contiguous), _reference(k, cos, sin, upcast, contiguous)
+
+
+def _backward_fake(dy: Tensor, cos: Tensor, sin: Tensor, strides: list[int], upcast: bool) -> Tensor:
+    return dy.new_empty_strided(dy.shape, strides)
+
+
+def _backward_reference(dy: Tensor, cos: Tensor, sin: Tensor, strides: list[int], upcast: bool) -> Tensor:
+    return _backward_fake(dy, cos, sin, strides, upcast).copy_(_rotate(dy, cos, sin, upcast, False))
+
+
+def _pair_backward_fake(
+    dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, q_strides: list[int], k_strides: list[int], upcast: bool
+) -> tuple[Tensor, Tensor]:
+    return _backward_fake(dq, cos, sin, q_strides, upcast), _backward_fake(dk, cos, sin, k_strides, upcast)
+
+
+def _pair_backward_reference(
+    dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, q_strides: list[int], k_strides: list[int], upcast: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        _backward_reference(dq, cos, sin, q_strides, upcast),
+        _backward_reference(dk, cos, sin, k_strides, upcast),
+    )
+
+
+rope = define(
+    "rope(Tensor x, Tensor cos, Tensor sin, bool upcast=False, bool contiguous=False) -> Tensor",
+    _reference,
+    _fake,
+    kernel("rope", "forward"),
+)
+rope_pair = define(
+    "rope_pair(Tensor q, Tensor k, Tensor cos, Tensor sin, bool upcast=False, bool contiguous=False)"
+    " -> (Tensor, Tensor)",
+    _pair_reference,
+    _pair_fake,
+    kernel("rope", "pair_forward"),
+)
+rope_backward = define(
+    "rope_backward(Tensor dy, Tensor cos, Tensor sin, SymInt[] strides, bool upcast) -> Tensor",
+    _backward_reference,
+    _backward_fake,
+    kernel("rope", "backward"),
+)
+rope_pair_backward = define(
+    "rope_pair_backward(Tensor dq, Tensor dk, Tensor cos, Tensor sin, SymInt[] q_strides, SymInt[] k_strides,"
+    " bool upcast) -> (Tensor, Tensor)",
+    _pair_backward_reference,
+    _pair_backward_fake,
+    kernel("rope", "pair_backward"),
+)
+
+
+def _dense_strides(x: Tensor) -> tuple[int, ...]:
+    """x's strides with any gaps closed: the layout its gradient is wanted in."""
+    return torch.empty_like(x, device="meta").stride()
+
+
+def _refuse_gradient_of_angles(ctx: Any, cos_at: int) -> None:
+    if any(ctx.needs_input_grad[cos_at : cos_at + 2]):
+        raise ValueError("rope: cos and sin are constants; detach them, or do not use this op to train them")
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, cos, sin, ctx.upcast, _ = inputs
+    _refuse_gradient_of_angles(ctx, 1)
+    ctx.strides = _dense_strides(x)
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    return rope_backward(dy, *ctx.saved_tensors, ctx.strides, ctx.upcast), None, None, None, None
+
+
+def _pair_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, cos, sin, ctx.upcast, _ = inputs
+    _refuse_gradient_of_angles(ctx, 2)
+    ctx.strides = _dense_strides(q), _dense_strides(k)
+    ctx.save_for_backward(cos, sin)
+
+
+def _pair_backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Any, ...]:
+    return *rope_pair_backward(dq, dk, *ctx.saved_tensors, *ctx.strides, ctx.upcast), None, None, None, None
+
+
+torch.library.register_autograd(rope.name(), _backward, setup_context=_setup)
+torch.library.register_autograd(rope_pair.name(), _pair_backward, setup_context=_pair_setup)
+once_differentiable(rope_backward)
+once_differentiable(rope_pair_backward)

@@ -1,0 +1,84 @@
+"""The `liger.*` options of `torch.compile(..., options={...})`."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from . import _torch
+from .pattern import Pattern
+from .registry import patterns
+
+PREFIX = "liger."
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked of the rewriter. Every field is an option `liger.<name>`; docs/options.md has the table."""
+
+    enable: tuple[str, ...] | None = None
+    """Use only these patterns (by name). None: all."""
+    disable: tuple[str, ...] = ()
+    """Never use these patterns."""
+    patterns: tuple[Pattern, ...] = ()
+    """Further patterns for this compilation alone, made by `liger_compile.make_pattern`."""
+    debug: bool | str = False
+    """Write each graph before and after, and the report, to this folder (True: `liger_debug`)."""
+
+    def wants(self, name: str) -> bool:
+        return (self.enable is None or name in self.enable) and name not in self.disable
+
+
+def split_options(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
+    """Our options, and Inductor's.
+
+    Raises:
+        ValueError: a key that neither knows, or a value of the wrong type; the message says what to write instead.
+    """
+    ours: dict[str, Any] = {}
+    inductor: dict[str, Any] = {}
+    names = {f.name for f in fields(Options)}
+    known = _torch.inductor_options()
+    for key, value in (options or {}).items():
+        plain = key.replace("-", "_")
+        if key.startswith(PREFIX) and key.removeprefix(PREFIX) in names:
+            ours[key.removeprefix(PREFIX)] = value
+        elif not key.startswith(PREFIX) and plain in known:
+            inductor[key] = value
+        else:
+            candidates = [PREFIX + n for n in sorted(names)] + sorted(known)
+            near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"unknown option {key!r}; did you mean {near!r}? Options of the liger backend are "
+                f"{', '.join(PREFIX + n for n in sorted(names))}; all others are Inductor's."
+            )
+    return _checked(ours), inductor
+
+
+def _checked(values: dict[str, Any]) -> Options:
+    if "patterns" in values:
+        items = values["patterns"]
+        items = items if isinstance(items, (list, tuple)) else (items,)
+        for item in items:
+            if not isinstance(item, Pattern):
+                raise ValueError(f"{PREFIX}patterns: make patterns with liger_compile.make_pattern(...), not {item!r}")
+        values["patterns"] = tuple(items)
+    for key in ("enable", "disable"):
+        if values.get(key) is not None:
+            values[key] = _names(key, values[key], values.get("patterns", ()))
+    if not isinstance(values.get("debug", False), (bool, str, os.PathLike)):
+        raise ValueError(f"{PREFIX}debug: True, False or a folder, not {values['debug']!r}")
+    return Options(**values)
+
+
+def _names(key: str, value: Any, extra: tuple[Pattern, ...]) -> tuple[str, ...]:
+    items = (value,) if isinstance(value, str) else tuple(value)
+    known = sorted({p.name for p in patterns(extra)})
+    for item in items:
+        if item not in known:
+            near = difflib.get_close_matches(str(item), known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{PREFIX}{key}: no pattern is called {item!r}; did you mean {near!r}?")
+    return items

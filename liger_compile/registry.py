@@ -1,0 +1,92 @@
+"""The table of patterns. Widest first is the order in which they are tried."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .emit import parameters_of, target_of
+from .pattern import Check, Pattern, _where
+from .terms import PatternError
+
+_PATTERNS: list[Pattern] = []
+
+
+def register_pattern(
+    function: Callable[..., Any],
+    replacement: Callable[..., Any],
+    check: Check | None = None,
+    name: str | None = None,
+    recompute: bool = False,
+) -> Pattern:
+    """Registers a pattern for every later compilation in this process.
+
+    Args:
+        function: the code to look for, as a plain function of tensors and numbers. Its positional parameters are the
+            operands; a keyword-only parameter annotated `Literal[a, b]` makes one spelling for each value. Sizes are
+            read from the back (`x.shape[-1]`), and control flow on operands is not possible.
+        replacement: what to call instead: a `torch.library` op, a `torch.autograd.Function.apply`, or any function of
+            tensors. It is given, by name, the operands and choices it has parameters for, and returns what `function`
+            returns. `functools.partial` fixes further arguments.
+        check: given the `Match`, returns None, or the reason why this match must be left alone.
+        name: what reports call the pattern; the function's name by default. Functions that share a name are spellings
+            of one pattern.
+        recompute: whether the backward may run the replacement again instead of keeping its result.
+
+    Raises:
+        PatternError: the function cannot be traced, or the replacement does not take its operands.
+    """
+    pattern = make_pattern(function, replacement, check, name, recompute)
+    _PATTERNS.append(pattern)
+    return pattern
+
+
+def pattern(
+    replace: Callable[..., Any], check: Check | None = None, name: str | None = None, recompute: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator form of `register_pattern`. The function itself is returned unchanged."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        register_pattern(function, replace, check, name, recompute)
+        return function
+
+    return register
+
+
+def make_pattern(
+    function: Callable[..., Any],
+    replacement: Callable[..., Any],
+    check: Check | None = None,
+    name: str | None = None,
+    recompute: bool = False,
+) -> Pattern:
+    """A pattern for one compilation (`options={"liger.patterns": [...]}`), checked but not registered."""
+    made = Pattern(name or function.__name__, function, replacement, check, recompute)
+    target, fixed = target_of(replacement)
+    accepted = parameters_of(target)
+    for spelling in made.spellings:
+        given = {*spelling.variables, *spelling.choice, *fixed}
+        missing = [n for n, required in accepted.items() if required and n not in given]
+        if missing:
+            raise PatternError(f"{_where(function)}: the replacement needs {missing[0]!r}, which is not an operand")
+        unread = [n for n in spelling.variables if n not in accepted]
+        if unread:
+            raise PatternError(f"{_where(function)}: the replacement does not take the operand {unread[0]!r}")
+    return made
+
+
+@functools.cache
+def load_builtin() -> None:
+    """Imports every module of `liger_compile.patterns`, which registers what it defines."""
+    package = importlib.import_module("liger_compile.patterns")
+    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
+        importlib.import_module(f"{package.__name__}.{module}")
+
+
+def patterns(extra: Sequence[Pattern] = ()) -> list[Pattern]:
+    """The registered patterns and `extra` ones."""
+    load_builtin()
+    return [*extra, *_PATTERNS]

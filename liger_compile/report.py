@@ -1,0 +1,114 @@
+"""What was rewritten, what was not, and why."""
+
+from __future__ import annotations
+
+import collections
+import re
+from dataclasses import dataclass, field
+
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the user's model a node comes from."""
+
+    module: str
+    source: str
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Place:
+        return cls(_module_path(node), _source_line(node))
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return ""
+    path = stack[-1][0]
+    path = re.sub(r"^L\[['\"]\w+['\"]\]\.?", "", path).removeprefix("_orig_mod.")
+    return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path.replace("._modules", "")).strip(".")
+
+
+def _source_line(node: fx.Node) -> str:
+    """The innermost line of Python that made a node: `modeling_llama.py:65: variance = ...`."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n\s+([^\n]*))?', node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    path, line, code = frames[-1]
+    return f"{path.rsplit('/', 1)[-1]}:{line}" + (f": {code.strip()}" if code.strip() else "")
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """One place where a pattern was replaced."""
+
+    pattern: str
+    module: str
+    source: str
+    replacement: str
+
+
+@dataclass(frozen=True)
+class Miss:
+    """One place where a pattern almost matched, or matched and was left alone."""
+
+    pattern: str
+    source: str
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One graph before and after; the same object twice if nothing was rewritten."""
+
+    before: fx.GraphModule
+    after: fx.GraphModule
+
+
+@dataclass
+class Report:
+    """What happened to one or more graphs."""
+
+    matches: list[Rewritten] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
+    graphs: list[GraphReport] = field(default_factory=list)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Pattern name to number of rewrites."""
+        return dict(collections.Counter(m.pattern for m in self.matches))
+
+    def merge(self, other: Report) -> None:
+        self.matches += other.matches
+        self.misses += other.misses
+        self.graphs += other.graphs
+
+    def __str__(self) -> str:
+        graphs = f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}"
+        lines = [f"liger_compile: {len(self.matches)} rewrites in {graphs}"]
+        if self.matches:
+            rows = [("pattern", "rewrites", "in modules")]
+            for name, count in sorted(self.counts.items()):
+                rows.append((name, str(count), _summary([m.module for m in self.matches if m.pattern == name])))
+            lines += ["", *_table(rows)]
+        if self.misses:
+            rows = [("left alone", "times", "reason", "source")]
+            grouped = collections.Counter((m.pattern, m.reason, m.source) for m in self.misses)
+            rows += [(p, str(n), reason, source) for (p, reason, source), n in grouped.items()]
+            lines += ["", *_table(rows)]
+        return "\n".join(lines)
+
+
+def _summary(modules: list[str]) -> str:
+    """Module paths with layer numbers folded: `model.layers.*.mlp`."""
+    folded = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", m) for m in modules if m)
+    names = list(folded)
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]

@@ -1,0 +1,178 @@
+"""Rewriting one graph: match, check, replace, report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from . import _torch
+from .emit import emit, target_of
+from .graph_terms import GraphTerms, Region
+from .legality import Illegal, Site, check, sites
+from .match import Matcher, NearMiss
+from .options import Options
+from .pattern import Spelling
+from .registry import patterns
+from .report import GraphReport, Miss, Place, Report, Rewritten
+from .terms import Term
+
+BODIES = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint", "invoke_subgraph", "wrap"})
+"""Higher-order operations whose bodies run as they stand, so that rewriting them is rewriting the graph."""
+
+
+def rewrite(gm: fx.GraphModule, options: Options | None = None) -> Report:
+    """Replaces what the registered patterns match in a graph.
+
+    Args:
+        gm: a Dynamo graph or an ATen graph whose nodes carry `example_value` or `val` metadata. It is not modified.
+        options: which patterns to use; all of them by default.
+
+    Returns:
+        The report, with one entry in `graphs`: `before` is `gm` itself, `after` the rewritten module (`gm` too, if
+        nothing matched). `after` takes and returns what `gm` does.
+    """
+    report = Report()
+    options = options or Options()
+    enabled = [p for p in patterns(options.patterns) if options.wants(p.name)]
+    spellings = sorted((s for p in enabled for s in p.spellings), key=lambda s: -s.operations)
+    after = _rewrite_module(gm, spellings, report, Region())
+    report.graphs.append(GraphReport(gm, after))
+    return report
+
+
+def _rewrite_module(gm: fx.GraphModule, spellings: list[Spelling], report: Report, region: Region) -> fx.GraphModule:
+    """Rewrites a graph and the bodies it calls; returns `gm` itself if nothing changes."""
+    after = _torch.copy_module(gm)
+    view = GraphTerms.view(after.graph, region)
+    changed = _rewrite_bodies(after, view, spellings, report)
+    found = _find(view, spellings, report)
+    changed |= _replace(view, found, report)
+    if not changed:
+        return gm
+    after.graph.lint()
+    after.recompile()
+    return after
+
+
+def _rewrite_bodies(gm: fx.GraphModule, view: GraphTerms, spellings: list[Spelling], report: Report) -> bool:
+    changed = False
+    done: dict[str, fx.GraphModule] = {}
+    for node in view.nodes:
+        if node.op != "call_function" or getattr(node.target, "__name__", "") not in BODIES:
+            continue
+        for body in node.all_input_nodes:
+            module = getattr(gm, body.target, None) if body.op == "get_attr" else None
+            if isinstance(module, fx.GraphModule) and body.target not in done:
+                done[body.target] = _rewrite_module(module, spellings, report, view.region[node])
+                if done[body.target] is not module:
+                    setattr(gm, body.target, done[body.target])
+                    changed = True
+    return changed
+
+
+def _find(view: GraphTerms, spellings: list[Spelling], report: Report) -> list[Site]:
+    """The sites to rewrite: widest patterns first, no two on the same nodes. Notes what is left alone and why."""
+    found: list[Site] = []
+    taken = _Taken(view)
+    refused: dict[tuple[str, fx.Node], Miss] = {}
+    for matcher in (Matcher(view), Matcher(view, relaxed=True)):
+        for spelling in spellings:
+            for anchor in matcher.anchors(spelling.roots[0]):
+                if anchor in taken.terms:
+                    continue
+                found += _match_at(matcher, spelling, anchor, taken, refused)
+    for (_, node), miss in refused.items():
+        if node not in taken.nodes:
+            report.misses.append(miss)
+            taken.add((node,))
+    report.misses += _near_misses(view, spellings, taken)
+    return sorted(found, key=lambda s: view.position[s.before])
+
+
+class _Taken:
+    """The nodes and terms that are spoken for."""
+
+    def __init__(self, view: GraphTerms) -> None:
+        self.view = view
+        self.nodes: set[fx.Node] = set()
+        self.terms: set[Term] = set()
+
+    def add(self, nodes: Iterable[fx.Node]) -> None:
+        for node in nodes:
+            self.nodes.add(node)
+            if node in self.view.of:
+                self.terms.add(self.view.of[node])
+
+
+def _match_at(
+    matcher: Matcher, spelling: Spelling, anchor: Term, taken: _Taken, refused: dict[tuple[str, fx.Node], Miss]
+) -> list[Site]:
+    """The sites of the first legal way to match a spelling at an anchor."""
+    view = matcher.view
+    name = spelling.pattern.name
+    for match in matcher.matches(spelling, anchor, taken.terms):
+        output = view.carriers[anchor][0]
+        try:
+            legal = sites(match)
+            for site in legal:
+                output = site.outputs[0]
+                check(site)
+        except Illegal as illegal:
+            place = Place.of(output)
+            refused.setdefault((name, output), Miss(name, place.source, place.module, str(illegal)))
+            continue
+        for site in legal:
+            taken.add((*site.outputs, *site.interior))
+        return legal
+    return []
+
+
+def _near_misses(view: GraphTerms, spellings: list[Spelling], taken: _Taken) -> list[Miss]:
+    """The best near miss of each pattern at each place that no rewrite has covered."""
+    matcher = Matcher(view, tolerant=True)
+    found: list[tuple[str, NearMiss]] = []
+    for spelling in spellings:
+        for anchor in matcher.anchors(spelling.roots[0]):
+            if anchor not in taken.terms:
+                near = matcher.near_miss(spelling, anchor)
+                if near is not None and not (near.terms & taken.terms):
+                    found.append((spelling.pattern.name, near))
+    found.sort(key=lambda item: (-item[1].score, -len(item[1].terms)))
+    misses: list[tuple[int, Miss]] = []
+    told: dict[str, set[Term]] = {}
+    for name, near in found:
+        region = {t for t in near.terms if t.op not in ("leaf", "cast")}
+        if told.setdefault(name, set()) & region:
+            continue
+        told[name] |= region
+        node = next((n for t in (near.at, near.root) for n in view.carriers.get(t, ())), view.carriers[near.root][0])
+        place = Place.of(node)
+        misses.append((view.position[node], Miss(name, place.source, place.module, near.reason)))
+    return [miss for _, miss in sorted(misses, key=lambda m: m[0])]
+
+
+def _replace(view: GraphTerms, found: list[Site], report: Report) -> bool:
+    """Puts the replacements in and takes the replaced nodes out. Returns whether anything changed."""
+    moved: dict[fx.Node, fx.Node] = {}
+    changed = False
+    for site in found:
+        name = site.match.pattern.name
+        place = Place.of(site.outputs[0])
+        try:
+            results = emit(view, site, moved)
+        except Illegal as illegal:
+            report.misses.append(Miss(name, place.source, place.module, str(illegal)))
+            continue
+        for result, output in zip(results, site.outputs, strict=True):
+            output.replace_all_uses_with(result, propagate_meta=False)
+            moved[output] = result
+        target, _ = target_of(site.match.pattern.replacement)
+        report.matches.append(Rewritten(name, place.module, place.source, str(target)))
+        changed = True
+    for site in reversed(found):
+        if site.outputs[0] in moved:
+            for node in sorted({*site.outputs, *site.interior}, key=view.position.get, reverse=True):
+                if not node.users:
+                    view.graph.erase_node(node)
+    return changed

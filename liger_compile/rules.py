@@ -1,0 +1,713 @@
+"""The canonical form of each call, as a table of small functions.
+
+A rule is named after the operation, takes the call's arguments as torch does, and returns a Term, or a tuple of Terms
+for calls with several results. Equations are in the comments: `left -> right` reads "left is written as right".
+Rules only look at values; no graph is changed by them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .terms import Expr, PatternError, Term, Terms, arith, same, size
+
+
+class NotCanonical(Exception):
+    """This use of the operation has no canonical form; it becomes a generic term."""
+
+
+@dataclass
+class Call:
+    """One call on its way to canonical form. `dtype` and `shape` are the result's, None in a pattern."""
+
+    terms: Terms
+    dtype: torch.dtype | None = None
+    shape: tuple[Any, ...] | None = None
+    parts: tuple[torch.Tensor, ...] = ()  # the results' values, for calls with several
+
+    def __call__(self, op: str, *args: Any) -> Term:
+        """The call's own result."""
+        return self.terms.make(op, args, self.dtype or _infer_dtype(op, args), self.shape)
+
+    def step(self, op: str, *args: Any, like: Term | None = None, dtype: Any = None, shape: Any = None) -> Term:
+        """A value on the way: of `like`'s dtype and shape unless said otherwise."""
+        if like is not None:
+            dtype, shape = dtype or like.dtype, shape if shape is not None else like.shape
+        return self.terms.make(op, args, dtype or _infer_dtype(op, args), shape)
+
+
+def _infer_dtype(op: str, args: tuple[Any, ...]) -> torch.dtype | None:
+    """The dtype of an arithmetic result, where all operands' dtypes are known."""
+    dtypes = [a.dtype for a in args if isinstance(a, Term) and not a.is_number]
+    if not dtypes or None in dtypes:
+        return None
+    result = dtypes[0]
+    for d in dtypes[1:]:
+        result = torch.promote_types(result, d)
+    return result
+
+
+RULES: dict[str, Callable[..., Any]] = {}
+
+
+def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def add(fn: Callable[..., Any]) -> Callable[..., Any]:
+        for name in names:
+            RULES[name] = fn
+        return fn
+
+    return add
+
+
+# ---- casts --------------------------------------------------------------------------------------------------------
+
+
+def cast(c: Call, x: Term, dtype: Any) -> Term:
+    if x.dtype is not None and same(x.dtype, dtype):
+        return x  # x.to(x.dtype) -> x
+    if x.op == "cast" and same(x.args[0].dtype, dtype) and _is_upcast(x.args[0].dtype, x.dtype):
+        return x.args[0]  # x.to(wider).to(x.dtype) -> x
+    known = dtype if isinstance(dtype, torch.dtype) else None
+    return c.terms.make("cast", (x, dtype), known, x.shape)
+
+
+def _is_upcast(narrow: torch.dtype | None, wide: torch.dtype | None) -> bool:
+    """Whether every value of `narrow` is one of `wide`. Unknown dtypes count as narrower than float32."""
+    if narrow is None:
+        return wide is torch.float32
+    if wide is None or not (narrow.is_floating_point and wide.is_floating_point):
+        return False
+    return narrow is not wide and torch.promote_types(narrow, wide) is wide
+
+
+def _through_cast(c: Call, x: Term, move: Callable[[Term], Term]) -> Term:
+    """Casts are kept outermost: moving data and casting it commute."""
+    if x.op == "cast":
+        return cast(c, move(x.args[0]), x.args[1])
+    return move(x)
+
+
+@rule("to", "type")
+def _to(c: Call, x: Term, *args: Any, dtype: Any = None, device: Any = None, other: Any = None, **_: Any) -> Term:
+    for a in (*args, other):
+        if isinstance(a, torch.dtype) or isinstance(a, Expr):
+            dtype = a
+        elif isinstance(a, Term):
+            dtype = a.dtype or Expr("dtype", (a,))
+        elif isinstance(a, (str, torch.device)):
+            device = a
+    if device is not None and c.shape is None:
+        raise NotCanonical("moves between devices")
+    if c.dtype is not None:
+        dtype = c.dtype
+    return x if dtype is None else cast(c, x, dtype)
+
+
+@rule("type_as")
+def _type_as(c: Call, x: Term, other: Term) -> Term:
+    return cast(c, x, c.dtype or other.dtype or Expr("dtype", (other,)))
+
+
+for _name, _dtype in {
+    "float": torch.float32,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "double": torch.float64,
+}.items():
+    RULES[_name] = lambda c, x, dtype=_dtype, **_: cast(c, x, dtype)
+
+
+@rule("contiguous", "clone", "alias", "positive")
+def _identity(c: Call, x: Term, *args: Any, **kwargs: Any) -> Term:
+    return x
+
+
+@rule("dropout")
+def _dropout(c: Call, x: Term, p: float = 0.5, training: bool = True, inplace: bool = False) -> Term:
+    if isinstance(p, (int, float)) and (p == 0 or training is False):
+        return x
+    raise NotCanonical("drops values")
+
+
+# ---- element-wise arithmetic --------------------------------------------------------------------------------------
+
+
+def elementwise(c: Call, op: str, *args: Any) -> Term:
+    """An operation whose result has its operands' promoted dtype. Autocast's silent casts become visible ones."""
+    if c.dtype is not None and c.dtype.is_floating_point:
+        operands = tuple(a for a in args if isinstance(a, Term) and a.shape != ())  # 0-dim tensors do not promote
+        if all(t.is_float for t in operands) and _infer_dtype(op, operands) not in (None, c.dtype):
+            # rsqrt(x) under autocast -> rsqrt(cast(x, float32))
+            args = tuple(cast(c, a, c.dtype) if isinstance(a, Term) else a for a in args)
+    return c(op, *_drop_promoted_upcast(args))
+
+
+def _drop_promoted_upcast(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """cast(x, f32) * y:f32 -> x * y, since type promotion does the cast."""
+    if len(args) != 2 or not all(isinstance(a, Term) for a in args):
+        return args
+    for i, j in ((0, 1), (1, 0)):
+        x, y = args[i], args[j]
+        if x.op == "cast" and y.op != "cast" and y.dtype is not None and same(x.dtype, y.dtype):
+            if _is_upcast(x.args[0].dtype, x.dtype) and (y.shape is None or len(y.shape) > 0):
+                out = list(args)
+                out[i] = x.args[0]
+                return tuple(out)
+    return args
+
+
+@rule("mul", "multiply")
+def mul(c: Call, x: Any, y: Any) -> Term:
+    if not isinstance(x, Term):
+        x, y = y, x
+    if not isinstance(y, Term):
+        if same(y, -1):
+            return neg(c, x)  # x * -1 -> -x
+        return elementwise(c, "mul", x, y)
+    if x is y:
+        return elementwise(c, "square", x)  # x * x -> square(x)
+    for a, b in ((x, y), (y, x)):
+        if b.op == "sigmoid" and b.args[0] is a:
+            return elementwise(c, "silu", a)  # x * sigmoid(x) -> silu(x)
+    return elementwise(c, "mul", x, y)
+
+
+@rule("div", "divide", "true_divide", "truediv")
+def div(c: Call, x: Any, y: Any, *, rounding_mode: str | None = None) -> Term:
+    if rounding_mode is not None:
+        raise NotCanonical("rounds")
+    if isinstance(y, Term):
+        inverse = reciprocal(Call(c.terms, y.dtype, y.shape), y)
+        return inverse if same(x, 1) else mul(c, x, inverse)  # x / y -> x * reciprocal(y)
+    if isinstance(x, Term) and x.op == "sum" and isinstance(x.args[1], int) and same(y, size(x.args[0], x.args[1])):
+        return c("mean", *x.args)  # sum(x) / n -> mean(x)
+    return elementwise(c, "div", x, y)
+
+
+@rule("reciprocal")
+def reciprocal(c: Call, x: Term) -> Term:
+    if x.op == "sqrt":
+        return elementwise(c, "rsqrt", x.args[0])  # 1 / sqrt(x) -> rsqrt(x)
+    if x.op == "add" and same(x.args[1], 1) and x.args[0].op == "exp" and x.args[0].args[0].op == "neg":
+        return elementwise(c, "sigmoid", x.args[0].args[0].args[0])  # 1 / (1 + exp(-x)) -> sigmoid(x)
+    return elementwise(c, "reciprocal", x)
+
+
+@rule("add")
+def add(c: Call, x: Any, y: Any, *, alpha: Any = 1) -> Term:
+    if not same(alpha, 1):
+        raise NotCanonical("scales an operand")
+    if not isinstance(x, Term):
+        x, y = y, x
+    if isinstance(y, Term):
+        for a, b in ((x, y), (y, x)):
+            if b.op == "neg":
+                return sub(c, a, b.args[0])  # x + (-y) -> x - y
+            if a.op == "linear" and a.args[2] is None and b.op == "leaf" and b.shape is not None and len(b.shape) == 1:
+                return c("linear", *a.args[:2], b)  # linear(x, w) + b -> linear(x, w, b)
+    return elementwise(c, "add", x, y)
+
+
+@rule("sub", "subtract")
+def sub(c: Call, x: Any, y: Any, *, alpha: Any = 1) -> Term:
+    if not same(alpha, 1):
+        raise NotCanonical("scales an operand")
+    return elementwise(c, "sub", x, y)
+
+
+@rule("rsub")
+def _rsub(c: Call, x: Any, y: Any, *, alpha: Any = 1) -> Term:
+    return sub(c, y, x, alpha=alpha)
+
+
+@rule("neg", "negative")
+def neg(c: Call, x: Term) -> Term:
+    if x.op == "neg":
+        return x.args[0]
+    return _through_cast(c, x, lambda y: c.step("neg", y, like=y))
+
+
+@rule("pow")
+def pow_(c: Call, x: Any, exponent: Any) -> Term:
+    if isinstance(x, Term) and isinstance(exponent, (int, float)):
+        for value, canonical in ((2, "square"), (0.5, "sqrt"), (-0.5, "rsqrt"), (-1, "reciprocal")):
+            if exponent == value:
+                return RULES[canonical](c, x)
+    return elementwise(c, "pow", x, exponent)
+
+
+@rule("square")
+def square(c: Call, x: Term) -> Term:
+    if x.op == "sqrt":
+        return x.args[0]  # square(norm(x)) -> sum(square(x))
+    return elementwise(c, "square", x)
+
+
+def _unary(op: str) -> Callable[..., Term]:
+    def apply(c: Call, x: Term, inplace: bool = False) -> Term:
+        return elementwise(c, op, x)
+
+    return apply
+
+
+for _name in ("sqrt", "rsqrt", "exp", "tanh", "sigmoid", "silu", "relu", "softplus", "mish", "abs"):
+    RULES[_name] = _unary(_name)
+RULES["swish"] = RULES["silu"]
+
+
+@rule("gelu")
+def _gelu(c: Call, x: Term, approximate: str = "none") -> Term:
+    return elementwise(c, "gelu", x, approximate)
+
+
+# ---- reductions ---------------------------------------------------------------------------------------------------
+
+
+def _reduce(c: Call, op: str, x: Term, dim: Any, keepdim: Any, dtype: Any) -> Term:
+    if dim is None:
+        raise NotCanonical("reduces every dimension")
+    dims = tuple(sorted(_negative(x, d) for d in (dim if isinstance(dim, (tuple, list)) else (dim,))))
+    if dtype is not None:
+        x = cast(c, x, dtype)
+    return elementwise(c, op, x, dims[0] if len(dims) == 1 else dims, bool(keepdim))
+
+
+@rule("mean")
+def mean(c: Call, x: Term, dim: Any = None, keepdim: Any = False, *, dtype: Any = None) -> Term:
+    return _reduce(c, "mean", x, dim, keepdim, dtype)
+
+
+@rule("sum")
+def sum_(c: Call, x: Term, dim: Any = None, keepdim: Any = False, *, dtype: Any = None) -> Term:
+    return _reduce(c, "sum", x, dim, keepdim, dtype)
+
+
+@rule("norm", "vector_norm", "linalg_vector_norm")
+def norm(c: Call, x: Term, p: Any = 2, dim: Any = None, keepdim: Any = False, *, ord: Any = None, dtype: Any = None):
+    if not (same(p, 2) or p is None) or not (ord is None or same(ord, 2)):
+        raise NotCanonical("is not the 2-norm")
+    inner = Call(c.terms, c.dtype, c.shape)
+    squares = c.step("square", x, like=x)
+    return elementwise(c, "sqrt", _reduce(inner, "sum", squares, dim, keepdim, dtype))  # norm(x) -> sqrt(sum(x^2))
+
+
+@rule("log_softmax")
+def _log_softmax(c: Call, x: Term, dim: Any = None, _stacklevel: Any = 3, dtype: Any = None) -> Term:
+    if dim is None:
+        raise NotCanonical("has no dimension")
+    return elementwise(c, "log_softmax", x if dtype is None else cast(c, x, dtype), _negative(x, dim))
+
+
+# ---- moving data --------------------------------------------------------------------------------------------------
+
+
+def _negative(x: Term, dim: Any) -> int:
+    if not isinstance(dim, int):
+        raise NotCanonical("has a dimension that is not a number")
+    if dim < 0:
+        return dim
+    if x.shape is None:
+        raise PatternError("counts dimensions from the front: in a pattern, count from the back (dim=-1)")
+    return dim - len(x.shape)
+
+
+def slice_(c: Call, x: Term, dim: int, lo: Any, hi: Any, step: Any = 1) -> Term:
+    """x[..., lo:hi:step, ...] with 0 <= lo <= hi <= size."""
+    if x.op == "cast":
+        return _through_cast(c, x, lambda y: slice_(c, y, dim, lo, hi, step))
+    if same(lo, 0) and same(step, 1) and same(hi, size(x, dim)):
+        return x  # x[:] -> x
+    if x.op == "slice" and x.args[1] == dim and x.args[4] == 1:
+        inner, _, start, _, _ = x.args
+        return slice_(c, inner, dim, arith("add", start, lo), arith("add", start, hi), step)  # x[a:][b:c] -> x[a+b:a+c]
+    if x.op == "slice" and dim < x.args[1]:  # nested slices in the order of their dimensions
+        return slice_(c, slice_(c, x.args[0], dim, lo, hi, step), *x.args[1:])
+    if x.op == "linear" and dim != -1:  # rows of a product -> product of the rows
+        y, w, b = x.args
+        return _linear_of(c, slice_(c, y, dim, lo, hi, step), w, b, x.dtype)
+    shape = None
+    if x.shape is not None:
+        extent = hi - lo if step == 1 else -((lo - hi) // step)
+        shape = (*x.shape[:dim], extent, *x.shape[len(x.shape) + dim + 1 :])
+    return c.step("slice", x, dim, lo, hi, step, dtype=x.dtype, shape=shape)
+
+
+def select(c: Call, x: Term, dim: int, index: Any) -> Term:
+    """x[..., index, ...], with the dimension dropped."""
+    if x.op == "cast":
+        return _through_cast(c, x, lambda y: select(c, y, dim, index))
+    if x.op == "reshape" and x.shape is not None:
+        whole, shape = x.args[0], x.shape
+        if whole.shape is not None and dim in (-1, -2) and len(shape) == len(whole.shape) + 1:
+            if same(shape[:-2], whole.shape[:-1]) and isinstance(shape[-1], int) and isinstance(shape[-2], int):
+                k, d = shape[-2:]
+                if dim == -2:  # x.view(.., k, d)[..., i, :] -> x[..., i*d:(i+1)*d]
+                    return slice_(c, whole, -1, index * d, (index + 1) * d)
+                return slice_(c, whole, -1, index, (k - 1) * d + index + 1, d)  # x.view(.., k, d)[..., i] -> x[..., i::d]
+    shape = None if x.shape is None else (*x.shape[:dim], *x.shape[len(x.shape) + dim + 1 :])
+    return c.step("select", x, dim, index, dtype=x.dtype, shape=shape)
+
+
+def _bounds(x: Term, dim: int, part: slice) -> tuple[Any, Any, Any]:
+    """The bounds of a slice, from the front and within the extent."""
+    n = size(x, dim)
+    step = 1 if part.step is None else part.step
+    if not isinstance(step, int) or step < 1:
+        raise NotCanonical("has a step that is not a positive number")
+
+    def bound(value: Any, default: Any) -> Any:
+        if value is None:
+            return default
+        if isinstance(value, int) and isinstance(n, int):
+            return max(0, min(n, value + n if value < 0 else value))
+        if isinstance(value, int) and value < 0:
+            return arith("add", n, value)
+        return value
+
+    return bound(part.start, 0), bound(part.stop, n), step
+
+
+@rule("getitem")
+def getitem(c: Call, x: Any, index: Any) -> Any:
+    if isinstance(x, tuple):
+        return x[index]
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(i, (Term, list, bool, torch.Tensor)) for i in items):
+        raise NotCanonical("indexes with data")
+    taken = sum(i is not None and i is not Ellipsis for i in items)
+    if Ellipsis not in items:
+        items.append(Ellipsis)
+    at = items.index(Ellipsis)
+    tail = [i for i in items[at + 1 :] if i is not None]
+    if x.shape is not None:
+        items[at : at + 1] = [slice(None)] * (len(x.shape) - taken)
+        dims = range(-len(x.shape), 0)
+    else:
+        if any(i is not None and i != slice(None) for i in items[:at]) or None in items[:at]:
+            raise PatternError("indexes from the front: in a pattern, index from the back (x[..., i])")
+        items = items[at + 1 :]
+        dims = range(-len(tail), 0)
+    named = list(zip(dims, [i for i in items if i is not None], strict=True))
+    out = x
+    for dim, item in named:
+        if isinstance(item, slice):
+            out = slice_(c, out, dim, *_bounds(x, dim, item))
+    for dim, item in named:  # ascending: a dropped dimension leaves those behind it in place
+        if not isinstance(item, slice):
+            negative = isinstance(item, int) and item < 0
+            out = select(c, out, dim, arith("add", size(x, dim), item) if negative else item)
+    if None in items:
+        if c.shape is not None:
+            return reshape_to(c, out, c.shape)
+        behind = [i for i in items if i is None or isinstance(i, slice)]
+        for i in [i for i, item in enumerate(behind) if item is None]:
+            out = _unsqueeze(c, out, i - len(behind))
+    return out
+
+
+@rule("slice")
+def _aten_slice(c: Call, x: Term, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1) -> Term:
+    dim = _negative(x, dim)
+    end = None if isinstance(end, int) and end > 2**62 else end
+    return slice_(c, x, dim, *_bounds(x, dim, slice(start, end, step)))
+
+
+@rule("select")
+def _select(c: Call, x: Term, dim: int, index: Any) -> Term:
+    dim = _negative(x, dim)
+    return select(c, x, dim, arith("add", size(x, dim), index) if isinstance(index, int) and index < 0 else index)
+
+
+@rule("narrow")
+def _narrow(c: Call, x: Term, dim: int, start: Any, length: Any) -> Term:
+    return slice_(c, x, _negative(x, dim), start, arith("add", start, length))
+
+
+def _pieces(c: Call, x: Term, dim: int, sizes: Any) -> tuple[Term, ...]:
+    out, lo = [], 0
+    for n in sizes:
+        out.append(slice_(c, x, dim, lo, arith("add", lo, n)))
+        lo = arith("add", lo, n)
+    return tuple(out)
+
+
+@rule("tensor_split", "split", "split_with_sizes")
+def _split(c: Call, x: Term, split: Any, dim: int = 0) -> tuple[Term, ...]:
+    dim = _negative(x, dim)
+    if c.parts:
+        return _pieces(c, x, dim, [p.shape[dim] for p in c.parts])
+    if isinstance(split, (tuple, list)):
+        return _pieces(c, x, dim, split)
+    raise PatternError("splits into pieces of one size: in a pattern, use chunk(2, -1) or slices")
+
+
+@rule("chunk")
+def _chunk(c: Call, x: Term, chunks: int, dim: int = 0) -> tuple[Term, ...]:
+    if c.parts:
+        return _split(c, x, chunks, dim)
+    dim = _negative(x, dim)
+    n = size(x, dim)
+    if chunks != 2:
+        raise PatternError("splits into more than two pieces: in a pattern, use slices")
+    half = arith("floordiv", n, 2)
+    return slice_(c, x, dim, 0, half), slice_(c, x, dim, half, n)
+
+
+@rule("unbind")
+def _unbind(c: Call, x: Term, dim: int = 0) -> tuple[Term, ...]:
+    dim = _negative(x, dim)
+    if not c.parts:
+        raise PatternError("has an unknown number of pieces: in a pattern, use x[..., i]")
+    return tuple(select(c, x, dim, i) for i in range(len(c.parts)))
+
+
+def reshape_to(c: Call, x: Term, shape: Any) -> Term:
+    """The same elements in another shape; the graph's result shape says which."""
+    shape = tuple(shape)
+    if x.op == "cast":
+        return _through_cast(c, x, lambda y: reshape_to(c, y, shape))
+    if x.shape is not None and same(x.shape, shape):
+        return x
+    if x.op == "reshape":
+        return reshape_to(c, x.args[0], shape)
+    if x.op in ("mean", "sum") and x.args[2] is False and isinstance(x.args[1], int):
+        inner, dim, _ = x.args  # mean(x, dim).unsqueeze(dim) -> mean(x, dim, keepdim=True)
+        if inner.shape is not None and same(shape, (*inner.shape[:dim], 1, *inner.shape[len(inner.shape) + dim + 1 :])):
+            return c.step(x.op, inner, dim, True, dtype=x.dtype, shape=shape)
+    if x.op == "linear" and shape and same(shape[-1], x.shape[-1]):
+        y, w, b = x.args  # rows of a product, flattened -> product of the flattened rows
+        return _linear_of(c, reshape_to(c, y, (*shape[:-1], y.shape[-1])), w, b, x.dtype)
+    return c.step("reshape", x, shape, dtype=x.dtype, shape=shape)
+
+
+def _pattern_view(c: Call, x: Term, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Term:
+    """In a pattern the shape after a view follows from the operand's, once that is known."""
+    return _through_cast(c, x, lambda y: c.step("reshape", y, Expr("shape", (y, change)), dtype=y.dtype))
+
+
+@rule("unsqueeze")
+def _unsqueeze(c: Call, x: Term, dim: int) -> Term:
+    if c.shape is not None:
+        return reshape_to(c, x, c.shape)
+    if dim >= 0:
+        raise PatternError("counts dimensions from the front: in a pattern, count from the back (dim=-1)")
+    if x.op in ("mean", "sum") and x.args[2] is False and x.args[1] == dim:
+        return c.step(x.op, x.args[0], dim, True, dtype=x.dtype)
+    return _pattern_view(c, x, lambda s: (*s[: len(s) + dim + 1], 1, *s[len(s) + dim + 1 :]))
+
+
+@rule("squeeze")
+def _squeeze(c: Call, x: Term, dim: Any = None) -> Term:
+    if c.shape is not None:
+        return reshape_to(c, x, c.shape)
+    if not isinstance(dim, int) or dim >= 0:
+        raise PatternError("drops unknown dimensions: in a pattern, name one from the back (dim=-1)")
+    return _pattern_view(c, x, lambda s: (*s[: len(s) + dim], *s[len(s) + dim + 1 :]))
+
+
+@rule("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "_unsafe_view", "ravel")
+def _reshape(c: Call, x: Term, *args: Any, **kwargs: Any) -> Term:
+    if any(isinstance(a, torch.dtype) for a in args):
+        raise NotCanonical("reinterprets the bits")
+    if c.shape is None:
+        raise PatternError("gives a shape that a pattern cannot know: write the pattern without it")
+    return reshape_to(c, x, c.shape)
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def _expand(c: Call, x: Term, *args: Any, **kwargs: Any) -> Term:
+    if c.shape is None:
+        raise PatternError("gives a shape that a pattern cannot know: operands broadcast without it")
+    if x.shape is not None and same(x.shape, c.shape):
+        return x
+    return _through_cast(c, x, lambda y: c.step("expand", y, c.shape, dtype=y.dtype, shape=c.shape))
+
+
+def permute(c: Call, x: Term, order: tuple[int, ...]) -> Term:
+    """`order` names, for each of the last dimensions of the result, the negative dimension it comes from."""
+    if x.op == "cast":
+        return _through_cast(c, x, lambda y: permute(c, y, order))
+    if x.op == "permute":
+        inner = x.args[1]
+        n = max(len(order), len(inner))
+        first = tuple(range(-n, -len(inner))) + inner
+        then = tuple(range(-n, -len(order))) + order
+        return permute(c, x.args[0], tuple(first[i] for i in then))
+    while order and order[0] == -len(order):
+        order = order[1:]
+    if not order:
+        return x
+    shape = None
+    if x.shape is not None:
+        shape = (*x.shape[: len(x.shape) - len(order)], *(x.shape[i] for i in order))
+    return c.step("permute", x, order, dtype=x.dtype, shape=shape)
+
+
+@rule("transpose", "swapaxes", "swapdims")
+def _transpose(c: Call, x: Term, dim0: int, dim1: int) -> Term:
+    a, b = _negative(x, dim0), _negative(x, dim1)
+    order = list(range(min(a, b), 0))
+    order[a], order[b] = b, a
+    return permute(c, x, tuple(order))
+
+
+@rule("t")
+def _t(c: Call, x: Term) -> Term:
+    if x.shape is not None and len(x.shape) < 2:
+        return x
+    return permute(c, x, (-1, -2))
+
+
+@rule("permute")
+def _permute(c: Call, x: Term, *dims: Any) -> Term:
+    dims = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+    return permute(c, x, tuple(_negative(x, d) for d in dims))
+
+
+@rule("movedim", "moveaxis")
+def _movedim(c: Call, x: Term, source: Any, destination: Any) -> Term:
+    if not isinstance(source, int) or not isinstance(destination, int):
+        raise NotCanonical("moves several dimensions")
+    return _move_dim(c, x, _negative(x, source), _negative(x, destination))
+
+
+def _move_dim(c: Call, x: Term, source: int, destination: int) -> Term:
+    n = max(-source, -destination)
+    order = [d for d in range(-n, 0) if d != source]
+    order.insert(destination + n, source)
+    return permute(c, x, tuple(order))
+
+
+@rule("cat", "concat", "concatenate")
+def cat(c: Call, tensors: Any, dim: int = 0) -> Term:
+    parts = tuple(tensors)
+    dim = _negative(parts[0], dim)
+    inner = {p.args[0].dtype for p in parts if p.op == "cast"}
+    if all(p.op == "cast" for p in parts) and len(inner) == 1:  # cat(cast(x), cast(y)) -> cast(cat(x, y))
+        whole = c.step("cat", tuple(p.args[0] for p in parts), dim, dtype=inner.pop(), shape=c.shape)
+        return cast(c, whole, parts[0].args[1])
+    return c.step("cat", parts, dim, dtype=c.dtype or _infer_dtype("cat", parts), shape=c.shape)
+
+
+# ---- products -----------------------------------------------------------------------------------------------------
+
+
+def _linear_of(c: Call, x: Term, w: Term, b: Any, dtype: Any) -> Term:
+    shape = None if x.shape is None or w.shape is None else (*x.shape[:-1], w.shape[0])
+    return c.terms.make("linear", (x, w, b), dtype, shape)
+
+
+@rule("linear")
+def linear(c: Call, x: Term, weight: Term, bias: Any = None) -> Term:
+    if c.dtype is not None and x.is_float and x.dtype is not c.dtype:  # autocast
+        x, weight = cast(c, x, c.dtype), cast(c, weight, c.dtype)
+        bias = cast(c, bias, c.dtype) if isinstance(bias, Term) else bias
+    return c("linear", x, weight, bias)
+
+
+@rule("matmul", "mm")
+def _matmul(c: Call, x: Term, y: Term) -> Term:
+    two_d = (y.op == "permute" and y.args[1] == (-1, -2)) if y.shape is None else len(y.shape) == 2
+    if not two_d or (x.shape is not None and len(x.shape) < 2):
+        raise NotCanonical("is not a product with a matrix")
+    return linear(c, x, permute(c, y, (-1, -2)))  # x @ w.T -> linear(x, w)
+
+
+@rule("addmm")
+def _addmm(c: Call, bias: Term, x: Term, y: Term, *, beta: Any = 1, alpha: Any = 1) -> Term:
+    if not (same(beta, 1) and same(alpha, 1)) or bias.shape is None or len(bias.shape) != 1:
+        raise NotCanonical("is not a linear layer")
+    return linear(c, x, permute(c, y, (-1, -2)), bias)
+
+
+@rule("einsum")
+def _einsum(c: Call, equation: Any, *operands: Any) -> Term:
+    operands = operands[0] if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
+    if not isinstance(equation, str) or "->" not in equation or len(operands) != 2:
+        raise NotCanonical("is not a linear layer")
+    left, out = equation.replace(" ", "").split("->")
+    x_dims, w_dims = left.split(",")
+    rows, k = x_dims[:-1], x_dims[-1:]
+    if len(w_dims) == 2 and k in w_dims and w_dims.replace(k, "") not in rows and out == rows + w_dims.replace(k, ""):
+        w = operands[1]
+        return linear(c, operands[0], w if w_dims[1] == k else permute(c, w, (-1, -2)))  # bth,vh->btv
+    raise NotCanonical("is not a linear layer")
+
+
+# ---- whole layers -------------------------------------------------------------------------------------------------
+
+
+@rule("rms_norm")
+def _rms_norm(c: Call, x: Term, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Term:
+    shape = tuple(normalized_shape)
+    if len(shape) != 1 or not same(shape[0], size(x, -1)):
+        raise NotCanonical("normalizes more than the last dimension")
+    return c("rms_norm", x, weight, torch.finfo(torch.float32).eps if eps is None else eps)
+
+
+def _rows(c: Call, x: Term) -> Term:
+    """[N, C, d...] or [N, C] logits as rows [n, C]."""
+    if x.shape is None or len(x.shape) == 2:
+        return x
+    if len(x.shape) < 2:
+        raise NotCanonical("has no batch")
+    moved = _move_dim(c, x, 1 - len(x.shape), -1)
+    return reshape_to(c, moved, (math.prod(moved.shape[:-1]), moved.shape[-1]))
+
+
+def _cross_entropy_of(c: Call, x: Term, target: Term, weight: Any, ignore_index: Any, reduction: Any, smoothing: Any):
+    if target.is_float:
+        return c("cross_entropy_of_probabilities", x, target, reduction)
+    if x.shape is not None and len(x.shape) > 2 and reduction == "none":
+        raise NotCanonical("keeps the shape of its targets")
+    if target.shape is not None and len(target.shape) > 1:
+        target = reshape_to(c, target, (math.prod(target.shape),))
+    return c("cross_entropy", _rows(c, x), target, weight, ignore_index, reduction, smoothing)
+
+
+@rule("cross_entropy")
+def cross_entropy(
+    c: Call,
+    x: Term,
+    target: Term,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: Any = -100,
+    reduce: Any = None,
+    reduction: Any = "mean",
+    label_smoothing: Any = 0.0,
+) -> Term:
+    if size_average is not None or reduce is not None:
+        raise NotCanonical("uses size_average or reduce, which torch has deprecated")
+    return _cross_entropy_of(c, x, target, weight, ignore_index, reduction, label_smoothing)
+
+
+_REDUCTIONS = ("none", "mean", "sum")
+
+
+@rule("cross_entropy_loss")
+def _aten_cross_entropy(c, x, target, weight=None, reduction=1, ignore_index=-100, label_smoothing=0.0) -> Term:
+    return _cross_entropy_of(c, x, target, weight, ignore_index, _REDUCTIONS[reduction], label_smoothing)
+
+
+@rule("nll_loss", "nll_loss_nd")
+def _nll_loss(
+    c: Call,
+    x: Term,
+    target: Term,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: Any = -100,
+    reduce: Any = None,
+    reduction: Any = "mean",
+) -> Term:
+    classes = 1 - len(x.shape) if x.shape is not None else -1
+    if x.op != "log_softmax" or x.args[1] != classes or size_average is not None or reduce is not None:
+        raise NotCanonical("is not taken of a log_softmax over the classes")
+    reduction = _REDUCTIONS[reduction] if isinstance(reduction, int) else reduction
+    return _cross_entropy_of(c, x.args[0], target, weight, ignore_index, reduction, 0.0)  # nll(log_softmax(x)) -> ce(x)

@@ -1,0 +1,55 @@
+"""Rotary position embedding in the rotate-half form: on q and k together or on one tensor, on all of it or a part."""
+
+from functools import partial
+from typing import Literal
+
+import torch
+
+from liger_compile import ops
+from liger_compile.match import Match
+from liger_compile.registry import pattern
+
+
+def rotate_half(x):
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+def rotate(x, cos, sin, upcast):
+    h = x.float() if upcast else x
+    return (h * cos + rotate_half(h) * sin).to(x.dtype)
+
+
+def rotate_part(x, cos, sin, upcast):
+    width = cos.shape[-1]
+    return torch.cat((rotate(x[..., :width], cos, sin, upcast), x[..., width:]), dim=-1)
+
+
+def check(match: Match) -> str | None:
+    for name in ("cos", "sin"):
+        if any(n.meta["example_value"].requires_grad for n in match.nodes(name)):
+            return f"{name} needs a gradient, which the kernel does not compute"
+    for name in ("x", "q", "k"):
+        if name in match.captures and not 2 <= len(match.shape(name)) <= 4:
+            return f"{name} has {len(match.shape(name))} dimensions; the kernel takes 2 to 4"
+    return None
+
+
+@pattern(replace=ops.rope_pair, check=check, name="rope")
+def rope_pair(q, k, cos, sin, *, upcast: Literal[False, True]):
+    return rotate(q, cos, sin, upcast), rotate(k, cos, sin, upcast)
+
+
+@pattern(replace=ops.rope, check=check)
+def rope(x, cos, sin, *, upcast: Literal[False, True]):
+    return rotate(x, cos, sin, upcast)
+
+
+@pattern(replace=partial(ops.rope_pair, contiguous=True), check=check, name="rope")
+def partial_rope_pair(q, k, cos, sin, *, upcast: Literal[False, True]):
+    return rotate_part(q, cos, sin, upcast), rotate_part(k, cos, sin, upcast)
+
+
+@pattern(replace=partial(ops.rope, contiguous=True), check=check, name="rope")
+def partial_rope(x, cos, sin, *, upcast: Literal[False, True]):
+    return rotate_part(x, cos, sin, upcast)
