@@ -10,9 +10,13 @@ import torch
 def storage_key(tensor: torch.Tensor) -> int:
     """An identity of the memory behind a (fake) tensor: views of one tensor share it.
 
-    Public torch compares storages only through `data_ptr`, which fake tensors do not have. Checked on 2.11, 2.13.
+    Public torch compares storages only through `data_ptr`, which fake tensors do not have. Tensors inside a functorch
+    transform have no storage and count as their own. Checked on 2.11, 2.13.
     """
-    return tensor.untyped_storage()._cdata
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:
+        return id(tensor)
 
 
 def bind_schema(name: str, args: list[Any], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from . import _torch, debug
+from . import _torch, debug, lazy
 from .options import Options, split_options
 from .report import Report
 from .rewrite import rewrite
@@ -40,10 +40,23 @@ def liger(
     if after is gm:
         return _torch.compile_fx(gm, example_inputs, config)
     try:
-        return _torch.compile_fx(after, example_inputs, config)
+        return _compile(after, example_inputs, config)
     except Exception as error:
         _warn(f"the rewritten graph does not compile, so the original is used: {type(error).__name__}: {error}")
         return _torch.compile_fx(gm, example_inputs, config)
+
+
+def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor's code for a rewritten graph, with results on demand made outside of it."""
+    gm, rebuild = lazy.split(gm)
+    compiled = _torch.compile_fx(gm, example_inputs, config)
+    if rebuild is None:
+        return compiled
+
+    def run(*inputs: Any) -> list[Any]:
+        return rebuild(inputs, compiled(*inputs))
+
+    return run
 
 
 def _rewritten(gm: fx.GraphModule, options: Options) -> Report | None:

@@ -140,7 +140,7 @@ class GraphTerms:
     def _read(self, arg: Any, reader: fx.Node) -> Any:
         """An argument as the reader sees it: a term, a number, or containers of these."""
         if isinstance(arg, (tuple, list)):
-            return type(arg)(self._read(a, reader) for a in arg) if type(arg) in (tuple, list) else arg
+            return (tuple if isinstance(arg, tuple) else list)(self._read(a, reader) for a in arg)
         if isinstance(arg, slice):
             return slice(*(self._read(a, reader) for a in (arg.start, arg.stop, arg.step)))
         if not isinstance(arg, fx.Node):

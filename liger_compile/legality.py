@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -37,8 +38,8 @@ class Site:
     """The nodes between the operands and the results, which die with the rewrite."""
     before: fx.Node
     """The replacement is inserted before this node."""
-    recomputed: tuple[fx.Node, ...] = field(default=())
-    """Interior nodes that the graph also returns, to be computed only if someone reads them."""
+    deferred: tuple[fx.Node, ...] = ()
+    """Interior nodes that the graph also returns, to be computed only if somebody reads them."""
 
 
 def sites(match: Match) -> list[Site]:
@@ -94,17 +95,22 @@ def _site(match: Match, outputs: tuple[fx.Node, ...]) -> Site:
     return Site(match, outputs, tuple(interior), view.nodes[before])
 
 
-def check(site: Site) -> None:
-    """Raises `Illegal` if rewriting the site could change what the graph computes."""
+def check(site: Site, defer: bool) -> Site:
+    """Raises `Illegal` if rewriting the site could change what the graph computes.
+
+    With `defer`, a pattern may allow returned intermediate results to be computed on demand; the site comes back with
+    these noted.
+    """
     _check_operands(site)
     _check_regions(site)
     _check_order(site)
     _check_mutation(site)
-    _check_other_users(site)
+    returned = _check_other_users(site, defer and site.match.pattern.on_demand)
     if site.match.pattern.check is not None:
         reason = site.match.pattern.check(site.match)
         if reason is not None:
             raise Illegal(reason, site.outputs[0])
+    return dataclasses.replace(site, deferred=returned)
 
 
 def _check_operands(site: Site) -> None:
@@ -149,13 +155,22 @@ def _check_mutation(site: Site) -> None:
             raise Illegal(f"{node.name} is changed in place by {writer.name} in between", writer)
 
 
-def _check_other_users(site: Site) -> None:
+def _check_other_users(site: Site, defer: bool) -> tuple[fx.Node, ...]:
+    """Intermediate results must not be needed elsewhere. Returns those that only the graph's caller sees, if `defer`."""
     inside = {*site.outputs, *site.interior}
-    for node in site.interior:
+    free: set[fx.Node] = set()
+    returned = []
+    for node in sorted(site.interior, key=site.match.view.position.get):
         term = site.match.view.of.get(node)
-        if node in site.recomputed or (term is not None and term.op in _FREE):
+        if term is not None and term.op in _FREE and not any(i in inside and i not in free for i in node.all_input_nodes):
+            free.add(node)
             continue
-        for user in node.users:
-            if user not in inside:
-                what = "returned" if user.op == "output" else f"also used by {user.name}"
-                raise Illegal(f"the intermediate result {node.name} is {what}", user)
+        outside = [user for user in node.users if user not in inside]
+        if outside and defer and all(u.op == "output" for u in outside):
+            if site.match.view.region[node].contexts:
+                raise Illegal(f"{node.name} is returned from an autocast region", node)
+            returned.append(node)
+        elif outside:
+            what = "returned" if outside[0].op == "output" else f"also used by {outside[0].name}"
+            raise Illegal(f"the intermediate result {node.name} is {what}", outside[0])
+    return tuple(returned)

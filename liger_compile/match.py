@@ -91,9 +91,8 @@ class _State:
 
 
 _FAMILIES = (
-    {"silu", "gelu", "relu", "sigmoid", "tanh", "softplus", "mish", "leaky_relu", "elu", "hardswish", "hardsigmoid"},
+    {"silu", "gelu", "relu", "sigmoid", "mish", "leaky_relu", "elu", "hardswish", "hardsigmoid"},
     {"add", "sub"},
-    {"mul", "div"},
     {"square", "pow", "abs"},
     {"rsqrt", "sqrt", "reciprocal", "pow"},
     {"mean", "sum", "amax", "var", "std"},
@@ -233,7 +232,7 @@ class Matcher:
                 yield from self._cast(p, t, state, context)
             elif p.op == "slice" and t.op != "slice" and p.args[4] == 1:
                 x, dim, lo, hi, _ = p.args  # a slice that takes everything leaves no trace in the graph
-                if t.shape is not None:
+                if t.shape is not None and len(t.shape) >= -dim:
                     whole = state.pair(p, t).check(lo, 0, t).check(hi, t.shape[dim], t)
                     yield from self._unify(x, t, whole, inside, None)
                 yield from self._differs(state, p, t, inside)

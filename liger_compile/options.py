@@ -25,6 +25,9 @@ class Options:
     """Never use these patterns."""
     patterns: tuple[Pattern, ...] = ()
     """Further patterns for this compilation alone, made by `liger_compile.make_pattern`."""
+    logits: str = "lazy"
+    """Logits that a model returns next to its loss: "lazy" computes them when they are first read, "keep" leaves the
+    loss of such a model alone."""
     debug: bool | str = False
     """Write each graph before and after, and the report, to this folder (True: `liger_debug`)."""
 
@@ -69,6 +72,8 @@ def _checked(values: dict[str, Any]) -> Options:
     for key in ("enable", "disable"):
         if values.get(key) is not None:
             values[key] = _names(key, values[key], values.get("patterns", ()))
+    if values.get("logits", "lazy") not in ("lazy", "keep"):
+        raise ValueError(f'{PREFIX}logits: "lazy" or "keep", not {values["logits"]!r}')
     if not isinstance(values.get("debug", False), (bool, str, os.PathLike)):
         raise ValueError(f"{PREFIX}debug: True, False or a folder, not {values['debug']!r}")
     return Options(**values)

@@ -40,6 +40,8 @@ class Pattern:
     check: Check | None = None
     recompute: bool = False
     """Whether the backward may compute the replacement again instead of keeping its result."""
+    on_demand: bool = False
+    """Whether intermediate results that the graph returns may be computed when somebody reads them."""
 
     @functools.cached_property
     def spellings(self) -> tuple[Spelling, ...]:

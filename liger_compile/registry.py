@@ -21,6 +21,7 @@ def register_pattern(
     check: Check | None = None,
     name: str | None = None,
     recompute: bool = False,
+    on_demand: bool = False,
 ) -> Pattern:
     """Registers a pattern for every later compilation in this process.
 
@@ -35,22 +36,28 @@ def register_pattern(
         name: what reports call the pattern; the function's name by default. Functions that share a name are spellings
             of one pattern.
         recompute: whether the backward may run the replacement again instead of keeping its result.
+        on_demand: whether intermediate results that the model returns (logits next to a loss) may be computed only when
+            somebody reads them, instead of preventing the rewrite.
 
     Raises:
         PatternError: the function cannot be traced, or the replacement does not take its operands.
     """
-    pattern = make_pattern(function, replacement, check, name, recompute)
+    pattern = make_pattern(function, replacement, check, name, recompute, on_demand)
     _PATTERNS.append(pattern)
     return pattern
 
 
 def pattern(
-    replace: Callable[..., Any], check: Check | None = None, name: str | None = None, recompute: bool = False
+    replace: Callable[..., Any],
+    check: Check | None = None,
+    name: str | None = None,
+    recompute: bool = False,
+    on_demand: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator form of `register_pattern`. The function itself is returned unchanged."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        register_pattern(function, replace, check, name, recompute)
+        register_pattern(function, replace, check, name, recompute, on_demand)
         return function
 
     return register
@@ -62,9 +69,10 @@ def make_pattern(
     check: Check | None = None,
     name: str | None = None,
     recompute: bool = False,
+    on_demand: bool = False,
 ) -> Pattern:
     """A pattern for one compilation (`options={"liger.patterns": [...]}`), checked but not registered."""
-    made = Pattern(name or function.__name__, function, replacement, check, recompute)
+    made = Pattern(name or function.__name__, function, replacement, check, recompute, on_demand)
     target, fixed = target_of(replacement)
     accepted = parameters_of(target)
     for spelling in made.spellings:

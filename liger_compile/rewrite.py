@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from torch import fx
 
 from . import _torch
 from .emit import emit, target_of
 from .graph_terms import GraphTerms, Region
+from .lazy import defer
 from .legality import Illegal, Site, check, sites
 from .match import Matcher, NearMiss
 from .options import Options
@@ -36,18 +39,20 @@ def rewrite(gm: fx.GraphModule, options: Options | None = None) -> Report:
     options = options or Options()
     enabled = [p for p in patterns(options.patterns) if options.wants(p.name)]
     spellings = sorted((s for p in enabled for s in p.spellings), key=lambda s: -s.operations)
-    after = _rewrite_module(gm, spellings, report, Region())
+    after = _rewrite_module(gm, spellings, options, report, Region())
     report.graphs.append(GraphReport(gm, after))
     return report
 
 
-def _rewrite_module(gm: fx.GraphModule, spellings: list[Spelling], report: Report, region: Region) -> fx.GraphModule:
+def _rewrite_module(
+    gm: fx.GraphModule, spellings: list[Spelling], options: Options, report: Report, region: Region
+) -> fx.GraphModule:
     """Rewrites a graph and the bodies it calls; returns `gm` itself if nothing changes."""
     after = _torch.copy_module(gm)
     view = GraphTerms.view(after.graph, region)
-    changed = _rewrite_bodies(after, view, spellings, report)
-    found = _find(view, spellings, report)
-    changed |= _replace(view, found, report)
+    changed = _rewrite_bodies(after, view, spellings, options, report)
+    found = _find(view, spellings, options, report)
+    changed |= _replace(after, view, found, report)
     if not changed:
         return gm
     after.graph.lint()
@@ -55,7 +60,10 @@ def _rewrite_module(gm: fx.GraphModule, spellings: list[Spelling], report: Repor
     return after
 
 
-def _rewrite_bodies(gm: fx.GraphModule, view: GraphTerms, spellings: list[Spelling], report: Report) -> bool:
+def _rewrite_bodies(
+    gm: fx.GraphModule, view: GraphTerms, spellings: list[Spelling], options: Options, report: Report
+) -> bool:
+    options = dataclasses.replace(options, logits="keep")  # what a body returns, the graph around it reads
     changed = False
     done: dict[str, fx.GraphModule] = {}
     for node in view.nodes:
@@ -64,28 +72,28 @@ def _rewrite_bodies(gm: fx.GraphModule, view: GraphTerms, spellings: list[Spelli
         for body in node.all_input_nodes:
             module = getattr(gm, body.target, None) if body.op == "get_attr" else None
             if isinstance(module, fx.GraphModule) and body.target not in done:
-                done[body.target] = _rewrite_module(module, spellings, report, view.region[node])
+                done[body.target] = _rewrite_module(module, spellings, options, report, view.region[node])
                 if done[body.target] is not module:
                     setattr(gm, body.target, done[body.target])
                     changed = True
     return changed
 
 
-def _find(view: GraphTerms, spellings: list[Spelling], report: Report) -> list[Site]:
+def _find(view: GraphTerms, spellings: list[Spelling], options: Options, report: Report) -> list[Site]:
     """The sites to rewrite: widest patterns first, no two on the same nodes. Notes what is left alone and why."""
     found: list[Site] = []
     taken = _Taken(view)
-    refused: dict[tuple[str, fx.Node], Miss] = {}
+    refused: list[_Refusal] = []
     for matcher in (Matcher(view), Matcher(view, relaxed=True)):
         for spelling in spellings:
             for anchor in matcher.anchors(spelling.roots[0]):
                 if anchor in taken.terms:
                     continue
-                found += _match_at(matcher, spelling, anchor, taken, refused)
-    for (_, node), miss in refused.items():
-        if node not in taken.nodes:
-            report.misses.append(miss)
-            taken.add((node,))
+                found += _match_at(matcher, spelling, anchor, options, taken, refused)
+    for refusal in refused:
+        if not refusal.nodes & taken.nodes:
+            report.misses.append(refusal.miss)
+            taken.add(refusal.nodes)
     report.misses += _near_misses(view, spellings, taken)
     return sorted(found, key=lambda s: view.position[s.before])
 
@@ -105,22 +113,30 @@ class _Taken:
                 self.terms.add(self.view.of[node])
 
 
+@dataclass(frozen=True)
+class _Refusal:
+    """A match that was left alone. A narrower match of the same nodes that is refused too is not told again."""
+
+    miss: Miss
+    nodes: frozenset[fx.Node]
+
+
 def _match_at(
-    matcher: Matcher, spelling: Spelling, anchor: Term, taken: _Taken, refused: dict[tuple[str, fx.Node], Miss]
+    matcher: Matcher, spelling: Spelling, anchor: Term, options: Options, taken: _Taken, refused: list[_Refusal]
 ) -> list[Site]:
     """The sites of the first legal way to match a spelling at an anchor."""
     view = matcher.view
     name = spelling.pattern.name
     for match in matcher.matches(spelling, anchor, taken.terms):
-        output = view.carriers[anchor][0]
+        nodes = {view.carriers[anchor][0]}
         try:
-            legal = sites(match)
-            for site in legal:
-                output = site.outputs[0]
-                check(site)
+            legal = []
+            for site in sites(match):
+                nodes = {*site.outputs, *site.interior}
+                legal.append(check(site, defer=options.logits == "lazy"))
         except Illegal as illegal:
-            place = Place.of(output)
-            refused.setdefault((name, output), Miss(name, place.source, place.module, str(illegal)))
+            place = Place.of(view.carriers[anchor][0])
+            refused.append(_Refusal(Miss(name, place.source, place.module, str(illegal)), frozenset(nodes)))
             continue
         for site in legal:
             taken.add((*site.outputs, *site.interior))
@@ -152,7 +168,7 @@ def _near_misses(view: GraphTerms, spellings: list[Spelling], taken: _Taken) -> 
     return [miss for _, miss in sorted(misses, key=lambda m: m[0])]
 
 
-def _replace(view: GraphTerms, found: list[Site], report: Report) -> bool:
+def _replace(gm: fx.GraphModule, view: GraphTerms, found: list[Site], report: Report) -> bool:
     """Puts the replacements in and takes the replaced nodes out. Returns whether anything changed."""
     moved: dict[fx.Node, fx.Node] = {}
     changed = False
@@ -167,12 +183,12 @@ def _replace(view: GraphTerms, found: list[Site], report: Report) -> bool:
         for result, output in zip(results, site.outputs, strict=True):
             output.replace_all_uses_with(result, propagate_meta=False)
             moved[output] = result
+        defer(gm, site, moved)
         target, _ = target_of(site.match.pattern.replacement)
         report.matches.append(Rewritten(name, place.module, place.source, str(target)))
         changed = True
-    for site in reversed(found):
-        if site.outputs[0] in moved:
-            for node in sorted({*site.outputs, *site.interior}, key=view.position.get, reverse=True):
-                if not node.users:
-                    view.graph.erase_node(node)
+    dead = {n for site in found if site.outputs[0] in moved for n in (*site.outputs, *site.interior)}
+    for node in sorted(dead, key=view.position.get, reverse=True):
+        if not node.users:
+            view.graph.erase_node(node)
     return changed

@@ -86,10 +86,17 @@ def _is_upcast(narrow: torch.dtype | None, wide: torch.dtype | None) -> bool:
 
 
 def _through_cast(c: Call, x: Term, move: Callable[[Term], Term]) -> Term:
-    """Casts are kept outermost: moving data and casting it commute."""
-    if x.op == "cast":
+    """Upcasts are kept outermost: moving data and casting it commute.
+
+    Casts that round stay where they are, so that what they made is read as it is, not made again.
+    """
+    if widens(x):
         return cast(c, move(x.args[0]), x.args[1])
     return move(x)
+
+
+def widens(x: Term) -> bool:
+    return x.op == "cast" and _is_upcast(x.args[0].dtype, x.dtype)
 
 
 @rule("to", "type")
@@ -140,16 +147,17 @@ def _dropout(c: Call, x: Term, p: float = 0.5, training: bool = True, inplace: b
 def elementwise(c: Call, op: str, *args: Any) -> Term:
     """An operation whose result has its operands' promoted dtype. Autocast's silent casts become visible ones."""
     if c.dtype is not None and c.dtype.is_floating_point:
-        operands = tuple(a for a in args if isinstance(a, Term) and a.shape != ())  # 0-dim tensors do not promote
+        # numbers and 0-dim tensors do not promote
+        operands = tuple(a for a in args if isinstance(a, Term) and not a.is_number and a.shape != ())
         if all(t.is_float for t in operands) and _infer_dtype(op, operands) not in (None, c.dtype):
             # rsqrt(x) under autocast -> rsqrt(cast(x, float32))
-            args = tuple(cast(c, a, c.dtype) if isinstance(a, Term) else a for a in args)
+            args = tuple(cast(c, a, c.dtype) if a in operands else a for a in args)
     return c(op, *_drop_promoted_upcast(args))
 
 
 def _drop_promoted_upcast(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """cast(x, f32) * y:f32 -> x * y, since type promotion does the cast."""
-    if len(args) != 2 or not all(isinstance(a, Term) for a in args):
+    if len(args) != 2 or not all(_is_tensor(a) for a in args):
         return args
     for i, j in ((0, 1), (1, 0)):
         x, y = args[i], args[j]
@@ -163,7 +171,7 @@ def _drop_promoted_upcast(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @rule("mul", "multiply")
 def mul(c: Call, x: Any, y: Any) -> Term:
-    if not isinstance(x, Term):
+    if not _is_tensor(x):
         x, y = y, x
     if not isinstance(y, Term):
         if same(y, -1):
@@ -184,9 +192,9 @@ def div(c: Call, x: Any, y: Any, *, rounding_mode: str | None = None) -> Term:
     if isinstance(y, Term):
         inverse = reciprocal(Call(c.terms, y.dtype, y.shape), y)
         return inverse if same(x, 1) else mul(c, x, inverse)  # x / y -> x * reciprocal(y)
-    if isinstance(x, Term) and x.op == "sum" and isinstance(x.args[1], int) and same(y, size(x.args[0], x.args[1])):
+    if x.op == "sum" and isinstance(x.args[1], int) and same(y, size(x.args[0], x.args[1])):
         return c("mean", *x.args)  # sum(x) / n -> mean(x)
-    return elementwise(c, "div", x, y)
+    return elementwise(c, "mul", x, c.terms.make("reciprocal", (y,)))
 
 
 @rule("reciprocal")
@@ -318,7 +326,7 @@ def _negative(x: Term, dim: Any) -> int:
 
 def slice_(c: Call, x: Term, dim: int, lo: Any, hi: Any, step: Any = 1) -> Term:
     """x[..., lo:hi:step, ...] with 0 <= lo <= hi <= size."""
-    if x.op == "cast":
+    if widens(x):
         return _through_cast(c, x, lambda y: slice_(c, y, dim, lo, hi, step))
     if same(lo, 0) and same(step, 1) and same(hi, size(x, dim)):
         return x  # x[:] -> x
@@ -327,9 +335,8 @@ def slice_(c: Call, x: Term, dim: int, lo: Any, hi: Any, step: Any = 1) -> Term:
         return slice_(c, inner, dim, arith("add", start, lo), arith("add", start, hi), step)  # x[a:][b:c] -> x[a+b:a+c]
     if x.op == "slice" and dim < x.args[1]:  # nested slices in the order of their dimensions
         return slice_(c, slice_(c, x.args[0], dim, lo, hi, step), *x.args[1:])
-    if x.op == "linear" and dim != -1:  # rows of a product -> product of the rows
-        y, w, b = x.args
-        return _linear_of(c, slice_(c, y, dim, lo, hi, step), w, b, x.dtype)
+    if dim != -1 and _is_rowwise(x):
+        return _of_rows(c, x, lambda y: slice_(c, y, dim, lo, hi, step))
     shape = None
     if x.shape is not None:
         extent = hi - lo if step == 1 else -((lo - hi) // step)
@@ -337,9 +344,30 @@ def slice_(c: Call, x: Term, dim: int, lo: Any, hi: Any, step: Any = 1) -> Term:
     return c.step("slice", x, dim, lo, hi, step, dtype=x.dtype, shape=shape)
 
 
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Term) and not value.is_number
+
+
+def _is_rowwise(x: Term) -> bool:
+    """Whether x is a linear layer's output, perhaps scaled or capped: each row depends on one row of the input."""
+    while x.op == "tanh" or (x.op == "mul" and not _is_tensor(x.args[1])) or widens(x):
+        x = x.args[0]
+    return x.op == "linear"
+
+
+def _of_rows(c: Call, x: Term, move: Callable[[Term], Term]) -> Term:
+    """Rows of a linear layer's output -> the output of those rows."""
+    inner, *rest = x.args
+    if x.op == "linear":
+        moved = move(inner)
+        return c.terms.make("linear", (moved, *rest), x.dtype, (*moved.shape[:-1], x.shape[-1]))
+    moved = _of_rows(c, inner, move)
+    return c.terms.make(x.op, (moved, *rest), x.dtype, moved.shape)
+
+
 def select(c: Call, x: Term, dim: int, index: Any) -> Term:
     """x[..., index, ...], with the dimension dropped."""
-    if x.op == "cast":
+    if widens(x):
         return _through_cast(c, x, lambda y: select(c, y, dim, index))
     if x.op == "reshape" and x.shape is not None:
         whole, shape = x.args[0], x.shape
@@ -469,7 +497,7 @@ def _unbind(c: Call, x: Term, dim: int = 0) -> tuple[Term, ...]:
 def reshape_to(c: Call, x: Term, shape: Any) -> Term:
     """The same elements in another shape; the graph's result shape says which."""
     shape = tuple(shape)
-    if x.op == "cast":
+    if widens(x):
         return _through_cast(c, x, lambda y: reshape_to(c, y, shape))
     if x.shape is not None and same(x.shape, shape):
         return x
@@ -479,9 +507,8 @@ def reshape_to(c: Call, x: Term, shape: Any) -> Term:
         inner, dim, _ = x.args  # mean(x, dim).unsqueeze(dim) -> mean(x, dim, keepdim=True)
         if inner.shape is not None and same(shape, (*inner.shape[:dim], 1, *inner.shape[len(inner.shape) + dim + 1 :])):
             return c.step(x.op, inner, dim, True, dtype=x.dtype, shape=shape)
-    if x.op == "linear" and shape and same(shape[-1], x.shape[-1]):
-        y, w, b = x.args  # rows of a product, flattened -> product of the flattened rows
-        return _linear_of(c, reshape_to(c, y, (*shape[:-1], y.shape[-1])), w, b, x.dtype)
+    if shape and x.shape and same(shape[-1], x.shape[-1]) and _is_rowwise(x):
+        return _of_rows(c, x, lambda y: reshape_to(c, y, (*shape[:-1], y.shape[-1])))
     return c.step("reshape", x, shape, dtype=x.dtype, shape=shape)
 
 
@@ -530,7 +557,7 @@ def _expand(c: Call, x: Term, *args: Any, **kwargs: Any) -> Term:
 
 def permute(c: Call, x: Term, order: tuple[int, ...]) -> Term:
     """`order` names, for each of the last dimensions of the result, the negative dimension it comes from."""
-    if x.op == "cast":
+    if widens(x):
         return _through_cast(c, x, lambda y: permute(c, y, order))
     if x.op == "permute":
         inner = x.args[1]
@@ -588,18 +615,13 @@ def cat(c: Call, tensors: Any, dim: int = 0) -> Term:
     parts = tuple(tensors)
     dim = _negative(parts[0], dim)
     inner = {p.args[0].dtype for p in parts if p.op == "cast"}
-    if all(p.op == "cast" for p in parts) and len(inner) == 1:  # cat(cast(x), cast(y)) -> cast(cat(x, y))
+    if all(widens(p) for p in parts) and len(inner) == 1:  # cat(cast(x), cast(y)) -> cast(cat(x, y))
         whole = c.step("cat", tuple(p.args[0] for p in parts), dim, dtype=inner.pop(), shape=c.shape)
         return cast(c, whole, parts[0].args[1])
     return c.step("cat", parts, dim, dtype=c.dtype or _infer_dtype("cat", parts), shape=c.shape)
 
 
 # ---- products -----------------------------------------------------------------------------------------------------
-
-
-def _linear_of(c: Call, x: Term, w: Term, b: Any, dtype: Any) -> Term:
-    shape = None if x.shape is None or w.shape is None else (*x.shape[:-1], w.shape[0])
-    return c.terms.make("linear", (x, w, b), dtype, shape)
 
 
 @rule("linear")

@@ -33,7 +33,9 @@ class Term:
 
     @property
     def is_number(self) -> bool:
-        """Whether this is a scalar: one computed in the graph, or a pattern's scalar parameter."""
+        """Whether this is a scalar: one computed in the graph, a pattern's scalar parameter, or the inverse of one."""
+        if self.op == "reciprocal":
+            return not isinstance(self.args[0], Term) or self.args[0].is_number
         return self.op == "number" or (self.op == "var" and self.args[1] == "scalar")
 
     @property
@@ -164,7 +166,7 @@ def describe(value: Any, depth: int = 3) -> str:
     """A short readable form: `mul(weight, cast(..., float32))`."""
     if isinstance(value, Term):
         if value.op in ("var", "leaf", "number"):
-            return str(value.args[0])
+            return _short(str(value.args[0]))
         if depth == 0:
             return f"{value.op}(...)"
         return f"{value.op}({', '.join(describe(a, depth - 1) for a in value.args)})"
@@ -177,3 +179,8 @@ def describe(value: Any, depth: int = 3) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(describe(v, depth) for v in value)})"
     return str(value)
+
+
+def _short(name: str) -> str:
+    """Dynamo's name of a parameter, without the path of modules: `gate_proj.weight`."""
+    return name.rsplit("modules_", 1)[-1].replace("_parameters_", ".").rstrip("_")

@@ -1,5 +1,9 @@
 """Cross-entropy of a linear layer's outputs: a language model's head and its loss."""
 
+from functools import partial
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 
 from liger_compile import ops
@@ -12,10 +16,43 @@ def check(match: Match) -> str | None:
         return f"reduction {match.captures['reduction']!r}: each row's loss has a gradient of its own"
     if len(match.shape("hidden")) != 2:
         return "the logits are not rows of classes"
+    softcap = match.captures.get("softcap", 1)
+    if isinstance(softcap, (int, float)) and softcap <= 0:
+        return f"the softcap {softcap} is not positive"
     return None
 
 
-@pattern(replace=ops.linear_cross_entropy, check=check)
-def linear_cross_entropy(hidden, weight, bias, target, ignore_index, reduction):
-    logits = F.linear(hidden, weight, bias).float()
-    return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
+def loss_pattern(**fixed):
+    op = partial(ops.linear_cross_entropy, **fixed)
+    return pattern(replace=op, check=check, name="linear_cross_entropy", on_demand=True)
+
+
+def loss(logits, target, ignore_index, reduction):
+    return F.cross_entropy(logits.float(), target, ignore_index=ignore_index, reduction=reduction)
+
+
+def head(hidden, weight, bias, wide):
+    """The logits, upcast before what follows them or after it."""
+    logits = F.linear(hidden, weight, bias)
+    return logits.float() if wide else logits
+
+
+@loss_pattern()
+def plain(hidden, weight, bias, target, ignore_index, reduction):
+    return loss(F.linear(hidden, weight, bias), target, ignore_index, reduction)
+
+
+@loss_pattern()  # Cohere, Falcon-H1
+def scaled(hidden, weight, bias, target, ignore_index, reduction, scale, *, wide: Literal[False, True]):
+    return loss(head(hidden, weight, bias, wide) * scale, target, ignore_index, reduction)
+
+
+@loss_pattern()  # Granite
+def divided(hidden, weight, bias, target, ignore_index, reduction, divisor, *, wide: Literal[False, True]):
+    return loss(head(hidden, weight, bias, wide) / divisor, target, ignore_index, reduction)
+
+
+@loss_pattern()  # Gemma 2
+def softcapped(hidden, weight, bias, target, ignore_index, reduction, softcap, *, wide: Literal[False, True]):
+    capped = torch.tanh(head(hidden, weight, bias, wide) / softcap) * softcap
+    return loss(capped, target, ignore_index, reduction)

@@ -1,12 +1,12 @@
 """The operations that replace matched code: functional `torch.library` ops, one file each.
 
 Each has a fake implementation, a registered autograd formula, Triton kernels on CUDA and a reference in plain torch on
-every other device. They can also be called directly: `liger_compile.ops.rms_norm(x, weight, 1e-6, ...)`.
+every other device. They can also be called directly: `liger_compile.ops.rms_norm(x, weight, 1e-6)`.
 """
 
+from .glu import glu, packed_glu
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import rms_norm
 from .rope import rope, rope_pair
-from .swiglu import packed_swiglu, swiglu
 
-__all__ = ["linear_cross_entropy", "packed_swiglu", "rms_norm", "rope", "rope_pair", "swiglu"]
+__all__ = ["glu", "linear_cross_entropy", "packed_glu", "rms_norm", "rope", "rope_pair"]

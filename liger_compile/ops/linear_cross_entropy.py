@@ -1,9 +1,12 @@
 """Cross-entropy of a linear layer's outputs, without ever holding all of them.
 
-`linear_cross_entropy(hidden, weight, bias, target, ignore_index=-100, reduction="mean") -> loss`
+`linear_cross_entropy(hidden, weight, bias, target, ignore_index=-100, reduction="mean", scale=1.0, divisor=1.0,
+softcap=0.0, wide=False) -> loss`
 
     logits = hidden @ weight.T + bias                             (rounded to hidden's dtype, as in eager)
-    loss_i = log(sum_j exp(logits_ij)) - logits_i,target_i        (float32)
+    z      = logits * scale / divisor                             (in hidden's dtype, or in float32 if `wide`)
+    z      = softcap * tanh(z / softcap), if softcap > 0          (likewise, each step rounded as in eager)
+    loss_i = log(sum_j exp(z_ij)) - z_i,target_i                  (float32)
 
 - hidden [N, H], weight [V, H], bias [V] or None: one dtype of float32, bfloat16, float16. target [N]: int64 in [0, V), or
   `ignore_index`. loss: float32, a scalar; the mean over the rows not ignored (NaN if there are none), or the sum.
@@ -16,12 +19,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._library import NAMESPACE, define, kernel, once_differentiable
+
+class Transform(NamedTuple):
+    """What happens to the logits between the linear layer and the loss."""
+
+    scale: float = 1.0
+    divisor: float = 1.0
+    softcap: float = 0.0
+    wide: bool = False
+
 
 REDUCTIONS = ("mean", "sum")
 CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}
@@ -63,17 +75,21 @@ def _forward_fake(
     target: Tensor,
     ignore_index: int,
     reduction: str,
+    scale: float,
+    divisor: float,
+    softcap: float,
+    wide: bool,
     need_dhidden: bool,
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check(hidden, weight, bias, target, reduction)
-    wide = torch.promote_types(torch.float32, hidden.dtype)
+    sums = torch.promote_types(torch.float32, hidden.dtype)
 
     def grad(like: Tensor | None, needed: bool) -> Tensor:
-        return hidden.new_empty(like.shape if needed else (0,), dtype=wide)
+        return hidden.new_empty(like.shape if needed else (0,), dtype=sums)
 
-    scalar = hidden.new_empty((), dtype=wide)
+    scalar = hidden.new_empty((), dtype=sums)
     return (
         scalar,
         torch.empty_like(scalar),
@@ -94,17 +110,35 @@ def _check_targets(target: Tensor, ignore_index: int, vocabulary: int) -> Tensor
     return counted
 
 
-def _reference_rows(logits: Tensor, target: Tensor, ignore_index: int, gradient: bool) -> Tensor:
+def _transform(logits: Tensor, how: Transform) -> tuple[Tensor, Tensor | None]:
+    """(z, dz/dlogits) in float32; None where z is the logits themselves."""
+    sums = torch.promote_types(torch.float32, logits.dtype)
+
+    def rounded(x: Tensor) -> Tensor:
+        return x if how.wide else x.to(logits.dtype).to(sums)
+
+    z, slope = logits.to(sums, copy=True), None
+    if how.scale != 1:
+        z, slope = rounded(z * how.scale), torch.full_like(z, how.scale)
+    if how.divisor != 1:
+        z, slope = rounded(z / how.divisor), (torch.ones_like(z) if slope is None else slope) / how.divisor
+    if how.softcap > 0:
+        t = rounded(torch.tanh(rounded(z / how.softcap)))
+        z, slope = rounded(t * how.softcap), (1 - t * t) * (1 if slope is None else slope)
+    return z, slope
+
+
+def _reference_rows(logits: Tensor, target: Tensor, ignore_index: int, how: Transform, gradient: bool) -> Tensor:
     """The loss of each row of logits [n, V], float32; the logits become d(loss_row)/d(logits) if `gradient`."""
     counted = target != ignore_index
     index = torch.where(counted, target, 0).unsqueeze(1)
-    wide = logits.to(torch.promote_types(torch.float32, logits.dtype), copy=True)
-    lse = torch.logsumexp(wide, dim=1, keepdim=True)
-    loss = torch.where(counted, (lse - wide.gather(1, index)).squeeze(1), 0)
+    z, slope = _transform(logits, how)
+    lse = torch.logsumexp(z, dim=1, keepdim=True)
+    loss = torch.where(counted, (lse - z.gather(1, index)).squeeze(1), 0)
     if gradient:
-        wide.sub_(lse).exp_()
-        wide.scatter_add_(1, index, wide.new_full((), -1).expand_as(index))
-        logits.copy_(torch.where(counted.unsqueeze(1), wide, 0))
+        z.sub_(lse).exp_()
+        z.scatter_add_(1, index, z.new_full((), -1).expand_as(index))
+        logits.copy_(torch.where(counted.unsqueeze(1), z if slope is None else z * slope, 0))
     return loss
 
 
@@ -121,7 +155,8 @@ def _product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
 
 def _forward_with(rows_of: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any):
     """The chunked algorithm; `rows_of` computes the losses and gradients of one chunk of logits."""
-    ignore_index, reduction, need_dhidden, need_dweight, need_dbias = rest
+    ignore_index, reduction, scale, divisor, softcap, wide, need_dhidden, need_dweight, need_dbias = rest
+    how = Transform(scale, divisor, softcap, wide)
     loss, inverse, dhidden, dweight, dbias = _forward_fake(hidden, weight, bias, target, *rest)
     gradient = need_dhidden or need_dweight or need_dbias
     counted = _check_targets(target, ignore_index, weight.shape[0])
@@ -135,7 +170,7 @@ def _forward_with(rows_of: Any, hidden: Tensor, weight: Tensor, bias: Tensor | N
             rows = slice(start, start + size)
             h = hidden[rows]
             logits = torch.mm(h, weight.t()) if bias is None else torch.addmm(bias, h, weight.t())
-            losses[rows] = rows_of(logits, target[rows], ignore_index, gradient)
+            losses[rows] = rows_of(logits, target[rows], ignore_index, how, gradient)
             if need_dhidden:
                 _product(dhidden[rows], logits, weight)
             if need_dweight:
@@ -158,7 +193,7 @@ def _cuda(*args: Any) -> tuple[Tensor, ...]:
 
 linear_cross_entropy_forward = define(
     "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index,"
-    " str reduction, bool need_dhidden, bool need_dweight, bool need_dbias)"
+    " str reduction, float scale, float divisor, float softcap, bool wide, bool need_dhidden, bool need_dweight, bool need_dbias)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _reference,
     _forward_fake,
@@ -185,13 +220,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (g * scale).to(ctx.dtype) if needed else None
             for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)
         ]
-        return *scaled, None, None, None
+        return *scaled, *(None,) * (len(ctx.needs_input_grad) - 3)
 
 
 _NAME = f"{NAMESPACE}::linear_cross_entropy"
 torch.library.define(
     _NAME,
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index=-100, str reduction='mean') -> Tensor",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index=-100, str reduction='mean',"
+    " float scale=1.0, float divisor=1.0, float softcap=0.0, bool wide=False) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -204,10 +240,15 @@ def _composite(
     target: Tensor,
     ignore_index: int = -100,
     reduction: str = "mean",
+    scale: float = 1.0,
+    divisor: float = 1.0,
+    softcap: float = 0.0,
+    wide: bool = False,
 ) -> Tensor:
+    args = (hidden, weight, bias, target, ignore_index, reduction, scale, divisor, softcap, wide)
     if not torch.is_grad_enabled():
-        return linear_cross_entropy_forward(hidden, weight, bias, target, ignore_index, reduction, False, False, False)[0]
-    return _LinearCrossEntropy.apply(hidden, weight, bias, target, ignore_index, reduction)
+        return linear_cross_entropy_forward(*args, False, False, False)[0]
+    return _LinearCrossEntropy.apply(*args)
 
 
 linear_cross_entropy = torch.ops.liger_compile.linear_cross_entropy.default

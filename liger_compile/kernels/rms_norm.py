@@ -1,0 +1,222 @@
+"""RMS normalisation: kernels and launch heuristics. See `ops/rms_norm.py` for the maths."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .layout import multiprocessors, rows
+
+NORMED, RESULT, FACTOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_ROUNDINGS = {"normed": 0, "result": 1, "factor": 2}
+
+
+@triton.jit
+def _offsets(row, n1, n2, s0, s1, s2):
+    """Where each row begins in a tensor of three leading dimensions [*, n1, n2]."""
+    return (row // (n1 * n2)) * s0 + (row // n2 % n1) * s1 + (row % n2) * s2
+
+
+@triton.jit
+def _scale(w_ptr, cols, n_cols, offset, ROUNDING: tl.constexpr, HAS_WEIGHT: tl.constexpr):
+    """offset + weight as float32 [1, BLOCK_COLS], rounded as the model does."""
+    if HAS_WEIGHT:
+        w = tl.load(w_ptr + cols, mask=cols < n_cols, other=0.0)
+        s = w.to(tl.float32) + tl.cast(offset, tl.float32)
+        if ROUNDING != RESULT:
+            s = s.to(w.dtype).to(tl.float32)
+    else:
+        s = tl.full(cols.shape, 1.0, tl.float32)
+    return s[None, :]
+
+
+@triton.jit
+def _forward(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    n_rows,
+    n_cols,
+    n1,
+    n2,
+    x0,
+    x1,
+    x2,
+    y0,
+    y1,
+    y2,
+    eps,
+    offset,
+    ROUNDING: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """y = normalised x, scaled. Per element: x read once, y written once; the row stays in registers in between.
+
+    A tile is BLOCK_ROWS whole rows: one for wide rows, and for narrow ones (64 to 256 per head) as many as make about
+    4096 elements, since a program with less has too few bytes in flight to fill the memory pipeline.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    cols = tl.arange(0, BLOCK_COLS)
+    mask = (row < n_rows)[:, None] & (cols < n_cols)[None, :]
+    x_at = x_ptr + _offsets(row, n1, n2, x0, x1, x2)[:, None] + cols[None, :]
+    raw = tl.load(x_at, mask=mask, other=0.0)
+    x = raw.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x * x, axis=1) / n_cols + tl.cast(eps, tl.float32))[:, None]
+    if ROUNDING == FACTOR:
+        factor = factor.to(raw.dtype).to(tl.float32)
+    y = x * factor
+    if ROUNDING != RESULT:
+        y = y.to(raw.dtype).to(tl.float32)
+    y *= _scale(w_ptr, cols, n_cols, offset, ROUNDING, HAS_WEIGHT)
+    y_at = y_ptr + _offsets(row, n1, n2, y0, y1, y2)[:, None] + cols[None, :]
+    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward(
+    dy_ptr,
+    x_ptr,
+    w_ptr,
+    dx_ptr,
+    dw_ptr,
+    n_rows,
+    n_cols,
+    n1,
+    n2,
+    d0,
+    d1,
+    d2,
+    x0,
+    x1,
+    x2,
+    o0,
+    o1,
+    o2,
+    eps,
+    offset,
+    ROUNDING: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    NEED_DWEIGHT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """dx, and this program's share of dweight [programs, n_cols] in float32.
+
+    Per element: dy and x read once, dx written once; 1 / rms is computed again from the row in hand, which costs no
+    bytes. Programs stay resident and walk over tiles, so dweight is summed in registers, in a fixed order, and only
+    n_cols floats a program reach memory.
+    """
+    cols = tl.arange(0, BLOCK_COLS)
+    scale = _scale(w_ptr, cols, n_cols, offset, ROUNDING, HAS_WEIGHT)
+    if NEED_DWEIGHT:
+        dw = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS), tl.num_programs(0)):
+        row = tl.cast(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        mask = (row < n_rows)[:, None] & (cols < n_cols)[None, :]
+        raw = tl.load(x_ptr + _offsets(row, n1, n2, x0, x1, x2)[:, None] + cols[None, :], mask=mask, other=0.0)
+        dy = tl.load(dy_ptr + _offsets(row, n1, n2, d0, d1, d2)[:, None] + cols[None, :], mask=mask, other=0.0)
+        x, dy = raw.to(tl.float32), dy.to(tl.float32)
+        factor = tl.rsqrt(tl.sum(x * x, axis=1) / n_cols + tl.cast(eps, tl.float32))[:, None]
+        normed = x * factor
+        dnormed = dy * scale
+        along = tl.sum(dnormed * normed, axis=1)[:, None] / n_cols
+        dx = factor * (dnormed - normed * along)
+        dx_at = dx_ptr + _offsets(row, n1, n2, o0, o1, o2)[:, None] + cols[None, :]
+        tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if NEED_DWEIGHT:
+            if ROUNDING != RESULT:
+                normed = normed.to(raw.dtype).to(tl.float32)
+            dw += dy * normed
+    if NEED_DWEIGHT:
+        tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * n_cols + cols, tl.sum(dw, axis=0), mask=cols < n_cols)
+
+
+def _blocks(n_cols: int) -> tuple[int, int, int]:
+    """(BLOCK_ROWS, BLOCK_COLS, num_warps): about 4096 elements a tile, 16 a thread, at most 32 warps."""
+    block_cols = triton.next_power_of_2(n_cols)
+    block_rows = max(1, 4096 // block_cols)
+    return block_rows, block_cols, min(max(block_rows * block_cols // 512, 4), 32)
+
+
+def _addressed(*tensors: Tensor) -> tuple[list[int], list[list[int]], tuple[Tensor, ...]]:
+    found = rows(*tensors, dims=3)
+    if found is None:
+        tensors = tuple(t.contiguous() for t in tensors)
+        found = rows(*tensors, dims=3)
+    return *found, tensors
+
+
+def forward(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, rounding: str = "normed") -> Tensor:
+    wide = weight is None or rounding == "result"
+    dtype = x.dtype if wide else torch.promote_types(x.dtype, weight.dtype)
+    y = torch.empty_like(x, dtype=dtype)
+    if x.numel() == 0:
+        return y
+    (_, n1, n2), (xs, ys), (x, out) = _addressed(x, y)
+    n_cols = x.shape[-1]
+    n_rows = x.numel() // n_cols
+    block_rows, block_cols, warps = _blocks(n_cols)
+    weight = weight if weight is None else weight.contiguous()
+    _forward[(triton.cdiv(n_rows, block_rows),)](
+        x,
+        weight,
+        out,
+        n_rows,
+        n_cols,
+        n1,
+        n2,
+        *xs,
+        *ys,
+        eps,
+        offset,
+        ROUNDING=_ROUNDINGS[rounding],
+        HAS_WEIGHT=weight is not None,
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLS=block_cols,
+        num_warps=warps,
+    )
+    return out if out is y else y.copy_(out)
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, offset: float, rounding: str, need_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(x)
+    if x.numel() == 0:
+        return dx, torch.zeros_like(weight) if need_dweight else x.new_empty(0)
+    (_, n1, n2), (ds, xs, os), (dy, x, out) = _addressed(dy, x, dx)
+    n_cols = x.shape[-1]
+    n_rows = x.numel() // n_cols
+    block_rows, block_cols, warps = _blocks(n_cols)
+    # Two to eight programs a multiprocessor: enough rows in flight, few enough partial sums of dweight.
+    programs = min(triton.cdiv(n_rows, block_rows), multiprocessors(x.device) * max(2, 32 // warps))
+    weight = weight if weight is None else weight.contiguous()
+    partial = x.new_empty((programs, n_cols) if need_dweight else (0,), dtype=torch.float32)
+    _backward[(programs,)](
+        dy,
+        x,
+        weight,
+        out,
+        partial,
+        n_rows,
+        n_cols,
+        n1,
+        n2,
+        *ds,
+        *xs,
+        *os,
+        eps,
+        offset,
+        ROUNDING=_ROUNDINGS[rounding],
+        HAS_WEIGHT=weight is not None,
+        NEED_DWEIGHT=need_dweight,
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLS=block_cols,
+        num_warps=warps,
+    )
+    dx = out if out is dx else dx.copy_(out)
+    return dx, partial.sum(0).to(weight.dtype) if need_dweight else partial

@@ -1,0 +1,310 @@
+"""Results that are computed when somebody first reads them.
+
+A model that returns its logits next to the loss would force them into memory although a training step never looks at
+them. A rewritten graph returns a `LazyTensor` in their place: it knows how to compute them (`Recipe`), has their shape,
+dtype and device, and computes them once, the first time their values are needed. `.float()` and `.to(dtype)` stay lazy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .graph_terms import value_of
+from .legality import Site, sources
+
+
+class Recipe(nn.Module):
+    """Computes a returned value from values that the graph has anyway.
+
+    In a graph it is called as a module. On ordinary tensors it returns a `LazyTensor`; while a compiler is tracing, it
+    computes the value at once, so that a rewritten graph means the same to any backend.
+    """
+
+    def __init__(self, body: fx.GraphModule, example: Tensor) -> None:
+        super().__init__()
+        self.body = body
+        self.dtype, self.requires_grad = example.dtype, example.requires_grad
+        device = example.device.type
+        self.autocast = (
+            (device, torch.get_autocast_dtype(device), True) if torch.is_autocast_enabled(device) else (device, None, False)
+        )
+
+    def forward(self, *inputs: Any) -> Tensor:
+        if all(type(i) in (Tensor, nn.Parameter) or not isinstance(i, Tensor) for i in inputs):
+            return _Defer.apply(_State.of(self, inputs), *inputs)
+        return self.compute(inputs)
+
+    def compute(self, inputs: Sequence[Any]) -> Tensor:
+        device, dtype, enabled = self.autocast
+        with torch.autocast(device, dtype, enabled=enabled):
+            return self.body(*inputs)
+
+    def shape_of(self, inputs: Sequence[Any]) -> Tensor:
+        """The value's shape and strides, on the meta device."""
+        meta = [i.detach().to("meta") if isinstance(i, Tensor) else i for i in inputs]
+        with torch.no_grad():
+            return self.body(*meta)
+
+
+@dataclass
+class _State:
+    """One value: what it is computed from, and once that is done, itself."""
+
+    recipe: Recipe
+    inputs: tuple[Any, ...]
+    versions: tuple[int | None, ...]
+    with_grad: bool
+    value: Tensor | None = None
+    plain: Tensor | None = None
+    """The value without a gradient history: all there is below autograd."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, inputs: tuple[Any, ...]) -> _State:
+        return cls(recipe, inputs, tuple(map(_version, inputs)), torch.is_grad_enabled())
+
+    def compute(self) -> Tensor:
+        """The value with its gradient history, computed once."""
+        if self.value is None:
+            self.check()
+            with torch.set_grad_enabled(self.with_grad):
+                self.value = self.recipe.compute(self.inputs)
+        return self.value
+
+    def compute_plain(self) -> Tensor:
+        """The value without its history, for code that runs below autograd."""
+        if self.plain is None:
+            self.check()
+            with torch.no_grad():
+                self.plain = self.recipe.compute(self.inputs) if self.value is None else self.value.detach()
+        return self.plain
+
+    def check(self) -> None:
+        if self.versions != tuple(map(_version, self.inputs)):
+            raise RuntimeError(
+                "these logits were never read, and the weights they are computed from have changed since. Read them "
+                'before optimizer.step(), or compile with options={"liger.logits": "keep"}.'
+            )
+
+
+def _version(value: Any) -> int | None:
+    return None if not isinstance(value, Tensor) or value.is_inference() else value._version
+
+
+class _Defer(torch.autograd.Function):
+    """Gives a `LazyTensor` a place in the autograd graph, for code that reads it below Python's level.
+
+    Python code reads the computed value, which has a history of its own; this one is then not used.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, state: _State, *inputs: Any) -> Tensor:
+        ctx.state = state
+        like = state.recipe.shape_of(inputs)
+        device = next(i.device for i in inputs if isinstance(i, Tensor))
+        return LazyTensor(state, like.shape, like.stride(), state.recipe.dtype, device)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        state = ctx.state
+        state.check()
+        with torch.enable_grad():
+            leaves = [i.detach().requires_grad_(i.requires_grad) if isinstance(i, Tensor) else i for i in state.inputs]
+            value = state.recipe.compute(leaves)
+        wanted = [i for i, needed in zip(leaves, ctx.needs_input_grad[1:], strict=True) if needed]
+        found = iter(torch.autograd.grad(value, wanted, gradient))
+        return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
+
+
+class LazyTensor(torch.Tensor):
+    """A tensor that computes itself when its values are first needed. See the module's docstring."""
+
+    _state: _State
+
+    @staticmethod
+    def __new__(
+        cls, state: _State, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> LazyTensor:
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device)
+        self._state = state
+        return self
+
+    @property
+    def computed(self) -> bool:
+        """Whether the values exist yet."""
+        return self._state.value is not None or self._state.plain is not None
+
+    def compute(self) -> Tensor:
+        """The values as an ordinary tensor, with their gradient history."""
+        value = self._state.compute()
+        with torch.set_grad_enabled(self._state.with_grad):
+            return value.to(self.dtype)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__repr__"):
+            name = getattr(getattr(func, "__self__", None), "__name__", name)
+        if name in _METADATA or (name in _CASTS and isinstance(args[0], LazyTensor) and _only_casts(args, kwargs)):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        return func(*_replace(args, LazyTensor.compute), **_replace(kwargs, LazyTensor.compute))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What reaches the tensor without passing through Python first."""
+        kwargs = kwargs or {}
+        x = args[0] if args else None
+        if func in _STILL_LAZY and isinstance(x, LazyTensor) and _only_casts(args, kwargs):
+            return LazyTensor(x._state, x.shape, x.stride(), kwargs.get("dtype") or x.dtype, x.device)
+
+        def plain(t: LazyTensor) -> Tensor:
+            return t._state.compute_plain().to(t.dtype)
+
+        result = func(*_replace(args, plain), **_replace(kwargs, plain))
+        return x if func._schema.is_mutable and isinstance(x, LazyTensor) else result
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        if self.computed:
+            return repr(self.compute())
+        return f"LazyTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, not computed yet)"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.compute().detach().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.compute().detach().__reduce_ex__(protocol)
+
+
+_METADATA = frozenset(
+    "shape dtype device ndim layout requires_grad is_leaf is_cuda is_cpu is_meta is_sparse is_sparse_csr is_quantized "
+    "is_nested is_mkldnn is_xpu is_mps names itemsize nbytes dim ndimension size stride numel nelement element_size "
+    "is_floating_point is_complex is_signed is_contiguous storage_offset get_device is_inference __len__ __hash__".split()
+)
+_CASTS = frozenset(("to", "float", "half", "bfloat16", "double", "type", "type_as"))
+_STILL_LAZY = frozenset((torch.ops.aten._to_copy.default, torch.ops.aten.detach.default))
+
+
+def _only_casts(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a conversion of args[0] asks for another dtype and nothing else."""
+    x, *rest = args
+    if any(isinstance(r, (LazyTensor, str)) for r in rest):
+        return False
+    asked = [*rest, *kwargs.values()]
+    devices = [torch.device(a) for a in asked if isinstance(a, torch.device)] + [
+        a.device for a in rest if isinstance(a, Tensor)
+    ]
+    known = all(a is None or a is False or isinstance(a, (torch.dtype, torch.device, Tensor)) for a in asked)
+    return known and all(d == x.device for d in devices)
+
+
+def _replace(value: Any, by: Callable[[LazyTensor], Tensor]) -> Any:
+    """The same arguments with ordinary tensors in the place of lazy ones."""
+    if isinstance(value, LazyTensor):
+        return by(value)
+    if isinstance(value, dict):
+        return {k: _replace(v, by) for k, v in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_replace(v, by) for v in value)
+    return value
+
+
+# ---- in graphs ----------------------------------------------------------------------------------------------------
+
+
+def defer(root: fx.GraphModule, site: Site, moved: dict[fx.Node, fx.Node]) -> None:
+    """Replaces each of the site's returned intermediate results by a call of its recipe.
+
+    `moved` maps nodes that earlier rewrites have replaced to what stands in their place.
+    """
+    ends = {moved.get(n, n) for n in sources(site.match)}
+    for node in site.deferred:
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        inputs = list(_collect(node, ends))
+        for source in inputs:
+            copies[source] = graph.placeholder(source.name)
+        _copy_between(node, copies, graph)
+        graph.output(copies[node])
+        recipe = Recipe(fx.GraphModule(root, graph), value_of(node))
+        number = sum(isinstance(m, Recipe) for m in root.children())
+        name = f"recipe_{number}"
+        root.add_module(name, recipe)
+        output = next(n for n in reversed(root.graph.nodes) if n.op == "output")
+        with root.graph.inserting_before(output):
+            call = root.graph.call_module(name, tuple(inputs))
+        call.meta["example_value"] = value_of(node)
+        output.replace_input_with(node, call)
+
+
+def _collect(node: fx.Node, ends: set[fx.Node]) -> dict[fx.Node, None]:
+    """The nodes a value is computed from, as far back as `ends`, in the order they are met."""
+    found: dict[fx.Node, None] = {}
+    todo = [node]
+    while todo:
+        for n in todo.pop().all_input_nodes:
+            if n in ends or n.op in ("placeholder", "get_attr") or not isinstance(value_of(n), Tensor):
+                found[n] = None
+            else:
+                todo.append(n)
+    return found
+
+
+def _copy_between(node: fx.Node, copies: dict[fx.Node, fx.Node], graph: fx.Graph) -> None:
+    if node in copies:
+        return
+    for n in node.all_input_nodes:
+        _copy_between(n, copies, graph)
+    copies[node] = graph.node_copy(node, copies.__getitem__)
+
+
+def split(gm: fx.GraphModule) -> tuple[fx.GraphModule, Callable[[Sequence[Any], Sequence[Any]], list[Any]] | None]:
+    """Takes the recipes out of a graph's outputs, for a compiler that would compute them.
+
+    Returns the graph, which now returns what the recipes need instead, and a function of (the graph's inputs, its
+    outputs) that makes the original outputs; None if there are no recipes. Modifies `gm`.
+    """
+    output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    results = list(output.args[0])
+    calls = [r for r in results if isinstance(r, fx.Node) and r.op == "call_module" and _is_recipe(gm, r)]
+    if not calls:
+        return gm, None
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    kept = [r for r in results if r not in calls]
+    for call in dict.fromkeys(calls):
+        kept += [a for a in call.args if a not in kept and a not in placeholders]
+    plan: list[Any] = []
+    for r in results:
+        if r in calls:
+            plan.append((getattr(gm, r.target), [_where(a, placeholders, kept) for a in r.args]))
+        else:
+            plan.append((None, [_where(r, [], kept)]))
+    output.args = (tuple(kept),)
+    for call in dict.fromkeys(calls):
+        gm.graph.erase_node(call)
+    gm.recompile()
+
+    def rebuild(inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+        made: list[Any] = []
+        for recipe, where in plan:
+            values = [(inputs if source == "input" else outputs)[i] for source, i in where]
+            made.append(values[0] if recipe is None else recipe(*values))
+        return made
+
+    return gm, rebuild
+
+
+def _is_recipe(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return isinstance(getattr(gm, str(node.target), None), Recipe)
+
+
+def _where(value: Any, placeholders: list[fx.Node], kept: list[Any]) -> tuple[str, int]:
+    if value in placeholders:
+        return "input", placeholders.index(value)
+    return "output", kept.index(value)
