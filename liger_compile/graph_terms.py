@@ -50,7 +50,10 @@ def call_name(target: Any) -> str | None:
         namespace, _, name = target._qualified_op_name.partition("::")
         return name if namespace == "aten" else None
     name = getattr(target, "__name__", None)
-    if name is not None and any(getattr(space, name, None) is target for space in _NAMESPACES):
+    if not isinstance(name, str):
+        return None
+    name = name.removeprefix("linalg_").removeprefix("special_")
+    if any(getattr(space, name, None) is target for space in _NAMESPACES):
         return name.strip("_") if name.startswith("__") else name
     return None
 
@@ -160,7 +163,9 @@ class GraphTerms:
         if seen == self.writes_before(arg, arg, inclusive=True):
             return self.of[arg]
         value = value_of(arg)
-        term = self.terms.make("leaf", (f"{arg.name} after {self._writer(arg, seen)}",), value.dtype, value.shape)
+        before = self.of[arg]
+        text = f"{arg.name} after {self._writer(arg, seen)}"
+        term = self.terms.make("leaf", (text, before), value.dtype, value.shape)
         self.carriers.setdefault(term, [arg])
         self.version[term] = seen
         return term

@@ -2,11 +2,12 @@
 
 Unification walks a pattern's terms and a graph's terms together. Commutative operands are tried both ways, casts that a
 dtype makes superfluous may be absent, and products may be associated differently. What a pattern leaves open (sizes,
-dtypes) is checked once its operands are known. A near miss is a match with exactly one difference.
+dtypes) is checked once its operands are known. A near miss is a match with one difference, or two.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class Match:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A place where a pattern matches but for one difference."""
+    """A place where a pattern matches but for a difference or two."""
 
     spelling: Spelling
     root: Term
@@ -78,7 +79,7 @@ class _State:
     bound: dict[str, Any] = field(default_factory=dict)
     pairs: dict[Term, Term] = field(default_factory=dict)
     checks: tuple[tuple[Any, Any, Term], ...] = ()
-    difference: _Difference | None = None
+    differences: tuple[_Difference, ...] = ()
 
     def pair(self, p: Term, t: Term) -> _State:
         return dataclasses.replace(self, pairs={**self.pairs, p: t})
@@ -96,7 +97,7 @@ _FAMILIES = (
     {"square", "pow", "abs"},
     {"rsqrt", "sqrt", "reciprocal", "pow"},
     {"mean", "sum", "amax", "var", "std"},
-    {"cat", "stack"},
+    {"cat", "stack", "interleave"},
     {"cross_entropy", "cross_entropy_of_probabilities", "nll_loss", "kl_div", "mse_loss"},
 )
 _COMMON = {"add", "sub", "mul", "div", "neg", "cast", "slice", "select", "cat", "reshape", "permute", "expand"}
@@ -108,22 +109,34 @@ def _name(term: Term) -> str:
     return term.args[0] if term.op == "call" and isinstance(term.args[0], str) else term.op
 
 
+def _operand_names(term: Term) -> set[str]:
+    return {_name(a) for a in term.args if isinstance(a, Term)} - _COMMON - {"leaf", "var", "number", "call"}
+
+
 def _related(p: Term, t: Term) -> bool:
-    return any(_name(p) in family and _name(t) in family for family in _FAMILIES)
+    """Of one family, with a telling operand in common, or the same before an in-place change."""
+    if t.op == "leaf" and len(t.args) > 1:
+        return _name(p) == _name(t.args[1])
+    same_family = any(_name(p) in family and _name(t) in family for family in _FAMILIES)
+    return same_family or bool(_operand_names(p) & _operand_names(t))
 
 
 class Matcher:
     """Matches patterns against one graph.
 
-    `relaxed` also takes code that computes in half precision where the pattern computes in float32; `tolerant` allows
-    one difference and is how near misses are found.
+    `relaxed` also takes code that computes in half precision where the pattern computes in float32; `tolerance` is how
+    many differences are allowed, which is how near misses are found.
     """
 
-    def __init__(self, view: GraphTerms, relaxed: bool = False, tolerant: bool = False) -> None:
-        self.view, self.relaxed, self.tolerant = view, relaxed, tolerant
+    def __init__(self, view: GraphTerms, relaxed: bool = False, tolerance: int = 0) -> None:
+        self.view, self.relaxed, self.tolerance = view, relaxed, tolerance
         self._anchors: dict[str, list[Term]] = {}
+        self._users: dict[str, list[Term]] = {}
+        self._found: dict[frozenset[str], list[Term]] = {}
         for term in view.carriers:
             self._anchors.setdefault(_name(term), []).append(term)
+            for name in _operand_names(term):
+                self._users.setdefault(f"using {name}", []).append(term)
 
     # ---- whole patterns -------------------------------------------------------------------------------------------
 
@@ -133,10 +146,15 @@ class Matcher:
         while root.op == "cast":
             root = root.args[0]
             names.add(_name(root))
-        if self.tolerant:
+        if self.tolerance:
             names |= {n for family in _FAMILIES if _name(root) in family for n in family}
-        found = [t for name in names for t in self._anchors.get(name, ())]
-        return sorted(found, key=self._position)
+            names |= {f"using {n}" for n in _operand_names(root)}
+        key = frozenset(names)
+        if key not in self._found:
+            found = {t: None for name in names for t in self._anchors.get(name, ())}
+            found |= {t: None for name in names for t in self._users.get(name, ())}
+            self._found[key] = sorted(found, key=self._position)
+        return self._found[key]
 
     def _enter(self, anchor: Term) -> None:
         """Terms made while matching belong where the anchor is."""
@@ -154,21 +172,24 @@ class Matcher:
             yield Match(spelling, self.view, captures, roots, frozenset(state.pairs.values()))
 
     def near_miss(self, spelling: Spelling, anchor: Term) -> NearMiss | None:
-        """The closest match with one difference, if it is close enough to be worth telling."""
+        """The closest match with differences, if it is close enough to be worth telling."""
         self._enter(anchor)
         best: NearMiss | None = None
         for state in self._unify(spelling.roots[0], anchor, _State(), anchor, None):
-            difference = self._unmet(state) or state.difference
-            if difference is None:
+            unmet = self._unmet(state)
+            differences = (*state.differences, unmet) if unmet is not None else state.differences
+            if not differences or len(differences) > self.tolerance:
                 continue
-            matched = {p for p in state.pairs if p is not difference.expected}
-            score = len(matched) / spelling.operations
-            known = {_name(p) for p in matched} - _COMMON
-            if score < 0.5 - 1e-9 or not (known or difference.related or score >= 0.7):
+            odd = {d.expected for d in differences if isinstance(d.expected, Term)}
+            matched = {p for p in state.pairs if p not in odd}
+            score = (len(matched) - 0.5 * (len(differences) - 1)) / spelling.operations
+            telling = bool({_name(p) for p in matched} - _COMMON) or differences[0].related
+            if score < (0.4 if telling and len(differences) == 1 else 0.6) or (best is not None and score <= best.score):
                 continue
-            if best is None or score > best.score:
-                at = difference.found if isinstance(difference.found, Term) else difference.inside
-                best = NearMiss(spelling, anchor, difference.reason, at, score, frozenset(state.pairs.values()))
+            first = differences[0]
+            at = first.found if isinstance(first.found, Term) else first.inside
+            reason = "; ".join(dict.fromkeys(d.reason for d in differences))
+            best = NearMiss(spelling, anchor, reason, at, score, frozenset(state.pairs.values()))
         return best
 
     def _roots(self, spelling: Spelling, anchor: Term, taken: set[Term]) -> Iterator[_State]:
@@ -179,8 +200,9 @@ class Matcher:
 
     def _next_root(self, states: Iterator[_State], root: Term, anchor: Term, taken: set[Term]) -> Iterator[_State]:
         """Further results are looked for near the first one."""
-        here = self._position(anchor)
-        near = sorted(self.anchors(root), key=lambda t: abs(self._position(t) - here))[:8]
+        anchors = self.anchors(root)
+        at = bisect.bisect_left(anchors, self._position(anchor), key=self._position)
+        near = sorted(anchors[max(at - 8, 0) : at + 8], key=lambda t: abs(self._position(t) - self._position(anchor)))
         for state in states:
             for other in near:
                 if other not in taken and other not in state.pairs.values():
@@ -196,7 +218,7 @@ class Matcher:
             try:
                 value = evaluate(expected, matched)
             except (KeyError, AttributeError, IndexError, TypeError):
-                if state.difference is not None:  # an operand inside the difference
+                if state.differences:  # an operand inside a difference
                     continue
                 return _Difference(expected, actual, inside, f"{describe(expected)} is not known here", False)
             if not same(value, actual):
@@ -207,11 +229,16 @@ class Matcher:
     # ---- unification ----------------------------------------------------------------------------------------------
 
     def _differs(self, state: _State, p: Any, t: Any, inside: Term, reason: str | None = None) -> Iterator[_State]:
-        """A difference ends the match, or is noted where one is allowed."""
-        if self.tolerant and state.difference is None:
-            related = isinstance(p, Term) and isinstance(t, Term) and _related(p, t)
-            reason = reason or f"has {describe(t, 2)} where the pattern has {describe(p, 2)}"
-            yield dataclasses.replace(state, difference=_Difference(p, t, inside, reason, related))
+        """A difference ends the match, or is noted where some are allowed. The same one twice counts once."""
+        if not self.tolerance:
+            return
+        related = isinstance(p, Term) and isinstance(t, Term) and _related(p, t)
+        reason = reason or f"has {describe(t, 2)} where the pattern has {describe(p, 2)}"
+        if any(d.reason == reason for d in state.differences):
+            yield state
+        elif len(state.differences) < self.tolerance:
+            noted = _Difference(p, t, inside, reason, related)
+            yield dataclasses.replace(state, differences=(*state.differences, noted))
 
     def _unify(self, p: Any, t: Any, state: _State, inside: Term, context: torch.dtype | None) -> Iterator[_State]:
         """Every way to extend `state` so that the graph's `t` is the pattern's `p`.
@@ -292,11 +319,9 @@ class Matcher:
         yield from self._unify(inner, t, unchanged, t, context)
 
     def _other_operation(self, p: Term, t: Term, state: _State, inside: Term) -> Iterator[_State]:
-        if not (self.tolerant and state.difference is None):
-            return
         noted = list(self._differs(state, p, t, inside))
-        if not _related(p, t):
-            yield from noted
+        yield from noted
+        if not noted or not _related(p, t):
             return
         operands = [a for a in t.args if isinstance(a, Term)]
         pairs = list(zip([a for a in p.args if isinstance(a, Term)], operands, strict=False))
@@ -317,7 +342,7 @@ class Matcher:
         (a, b), (x, y) = p.args, t.args
         yield from self._all([(a, x), (b, y)], state, t, context)
         yield from self._all([(a, y), (b, x)], state, t, context)
-        if p.op == "mul" and not self.tolerant:
+        if p.op == "mul" and not self.tolerance:
             yield from self._reassociated(p, t, state)
 
     def _reassociated(self, p: Term, t: Term, state: _State) -> Iterator[_State]:

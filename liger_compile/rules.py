@@ -170,7 +170,8 @@ def _drop_promoted_upcast(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @rule("mul", "multiply")
-def mul(c: Call, x: Any, y: Any) -> Term:
+def mul(c: Call, x: Any, other: Any) -> Term:
+    y = other
     if not _is_tensor(x):
         x, y = y, x
     if not isinstance(y, Term):
@@ -186,7 +187,8 @@ def mul(c: Call, x: Any, y: Any) -> Term:
 
 
 @rule("div", "divide", "true_divide", "truediv")
-def div(c: Call, x: Any, y: Any, *, rounding_mode: str | None = None) -> Term:
+def div(c: Call, x: Any, other: Any, *, rounding_mode: str | None = None) -> Term:
+    y = other
     if rounding_mode is not None:
         raise NotCanonical("rounds")
     if isinstance(y, Term):
@@ -207,7 +209,8 @@ def reciprocal(c: Call, x: Term) -> Term:
 
 
 @rule("add")
-def add(c: Call, x: Any, y: Any, *, alpha: Any = 1) -> Term:
+def add(c: Call, x: Any, other: Any, *, alpha: Any = 1) -> Term:
+    y = other
     if not same(alpha, 1):
         raise NotCanonical("scales an operand")
     if not isinstance(x, Term):
@@ -222,15 +225,15 @@ def add(c: Call, x: Any, y: Any, *, alpha: Any = 1) -> Term:
 
 
 @rule("sub", "subtract")
-def sub(c: Call, x: Any, y: Any, *, alpha: Any = 1) -> Term:
+def sub(c: Call, x: Any, other: Any, *, alpha: Any = 1) -> Term:
     if not same(alpha, 1):
         raise NotCanonical("scales an operand")
-    return elementwise(c, "sub", x, y)
+    return elementwise(c, "sub", x, other)
 
 
 @rule("rsub")
-def _rsub(c: Call, x: Any, y: Any, *, alpha: Any = 1) -> Term:
-    return sub(c, y, x, alpha=alpha)
+def _rsub(c: Call, x: Any, other: Any, *, alpha: Any = 1) -> Term:
+    return sub(c, other, x, alpha=alpha)
 
 
 @rule("neg", "negative")
@@ -503,6 +506,8 @@ def reshape_to(c: Call, x: Term, shape: Any) -> Term:
         return x
     if x.op == "reshape":
         return reshape_to(c, x.args[0], shape)
+    if x.op == "stack" and x.args[1] == -1 and same(shape[:-1], x.shape[:-2]):
+        return c.step("interleave", x.args[0], like=x, shape=shape)  # stack((x, y), -1).flatten(-2)
     if x.op in ("mean", "sum") and x.args[2] is False and isinstance(x.args[1], int):
         inner, dim, _ = x.args  # mean(x, dim).unsqueeze(dim) -> mean(x, dim, keepdim=True)
         if inner.shape is not None and same(shape, (*inner.shape[:dim], 1, *inner.shape[len(inner.shape) + dim + 1 :])):
@@ -621,6 +626,14 @@ def cat(c: Call, tensors: Any, dim: int = 0) -> Term:
     return c.step("cat", parts, dim, dtype=c.dtype or _infer_dtype("cat", parts), shape=c.shape)
 
 
+@rule("stack")
+def _stack(c: Call, tensors: Any, dim: int = 0) -> Term:
+    parts = tuple(tensors)
+    if isinstance(dim, int) and dim >= 0 and parts[0].shape is not None:
+        dim -= len(parts[0].shape) + 1
+    return c.step("stack", parts, dim, dtype=c.dtype or _infer_dtype("stack", parts), shape=c.shape)
+
+
 # ---- products -----------------------------------------------------------------------------------------------------
 
 
@@ -633,11 +646,11 @@ def linear(c: Call, x: Term, weight: Term, bias: Any = None) -> Term:
 
 
 @rule("matmul", "mm")
-def _matmul(c: Call, x: Term, y: Term) -> Term:
-    two_d = (y.op == "permute" and y.args[1] == (-1, -2)) if y.shape is None else len(y.shape) == 2
+def _matmul(c: Call, x: Term, other: Term) -> Term:
+    two_d = (other.op == "permute" and other.args[1] == (-1, -2)) if other.shape is None else len(other.shape) == 2
     if not two_d or (x.shape is not None and len(x.shape) < 2):
         raise NotCanonical("is not a product with a matrix")
-    return linear(c, x, permute(c, y, (-1, -2)))  # x @ w.T -> linear(x, w)
+    return linear(c, x, permute(c, other, (-1, -2)))  # x @ w.T -> linear(x, w)
 
 
 @rule("addmm")

@@ -183,4 +183,6 @@ def describe(value: Any, depth: int = 3) -> str:
 
 def _short(name: str) -> str:
     """Dynamo's name of a parameter, without the path of modules: `gate_proj.weight`."""
+    if " after " in name:
+        return name
     return name.rsplit("modules_", 1)[-1].replace("_parameters_", ".").rstrip("_")

@@ -1,0 +1,29 @@
+"""Settings every test needs before anything else is imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run, interpreted, on CPU tensors
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+def pytest_collection_modifyitems(items):
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Every test compiles from scratch, and sees random numbers of its own."""
+    torch.manual_seed(torch.initial_seed() + 1)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,665 @@
+"""Every spelling of a pattern's maths is matched, and what only looks like it is left alone with the reason."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import report_of
+from torch import nn
+
+# ---- RMSNorm ------------------------------------------------------------------------------------------------------
+
+
+def norm_llama(x, w):
+    dtype = x.dtype
+    x = x.to(torch.float32)
+    variance = x.pow(2).mean(-1, keepdim=True)
+    return w * (x * torch.rsqrt(variance + 1e-6)).to(dtype)
+
+
+def norm_reference_llama(x, w):
+    output = (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).type_as(x)
+    return output * w
+
+
+def norm_square_product(x, w):
+    h = x.float()
+    return (h * torch.rsqrt((h * h).mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype) * w
+
+
+def norm_operator_power(x, w):
+    h = x.float()
+    return w * (h / torch.sqrt((h**2).mean(-1, True) + 1e-6)).to(x.dtype)
+
+
+def norm_power_of_minus_half(x, w):
+    h = x.float()
+    return w * (h * torch.pow(h.square().mean(-1, keepdim=True) + 1e-6, -0.5)).to(x.dtype)
+
+
+def norm_sum_over_size(x, w):
+    h = x.float()
+    return w * (h * ((h * h).sum(-1, keepdim=True) / h.shape[-1] + 1e-6) ** -0.5).to(x.dtype)
+
+
+def norm_of_norm(x, w):
+    h = x.float()
+    ms = torch.linalg.vector_norm(h, dim=-1, keepdim=True).pow(2) / h.shape[-1]
+    return w * (h * torch.rsqrt(1e-6 + ms)).to(x.dtype)
+
+
+def norm_unsqueezed_mean(x, w):
+    h = x.float()
+    return w * (h * torch.rsqrt(torch.mean(h.pow(2), dim=-1).unsqueeze(-1) + 1e-6)).to(x.dtype)
+
+
+def norm_none_index(x, w):
+    h = x.float()
+    return w * (h * torch.rsqrt(torch.mean(torch.square(h), -1)[..., None] + 1e-6)).to(x.dtype)
+
+
+def norm_positive_dim(x, w):
+    h = x.float()
+    return w.mul(h.mul(h.pow(2.0).mean(x.ndim - 1, keepdim=True).add(1e-6).rsqrt()).to(x.dtype))
+
+
+def norm_reciprocal_of_sqrt(x, w):
+    h = x.float()
+    return w * (h * (1.0 / torch.sqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))).to(x.dtype)
+
+
+def norm_weight_then_cast(x, w):
+    h = x.to(torch.float32)
+    return (w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))).to(x.dtype)
+
+
+def norm_explicit_float_weight(x, w):
+    h = x.float()
+    return (w.float() * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))).type_as(x)
+
+
+def norm_weight_associated_first(x, w):
+    h = x.float()
+    return (w * h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def norm_zero_centred(x, w):
+    output = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    return (output * (1.0 + w.float())).type_as(x)
+
+
+def norm_zero_centred_after_cast(x, w):
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * (w + 1)
+
+
+def norm_without_weight(x, w):
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).type_as(x) + w
+
+
+def norm_factor_cast(x, w):
+    return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6).to(x.dtype) * w
+
+
+def norm_upcast_only_inside(x, w):
+    r = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    return (x * r).to(x.dtype) * w
+
+
+def norm_without_upcast(x, w):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w
+
+
+def norm_functional(x, w):
+    return F.rms_norm(x, (x.shape[-1],), w, 1e-6)
+
+
+def norm_functional_without_weight(x, w):
+    return torch.rms_norm(x, [x.shape[-1]], eps=1e-6) * w[0]
+
+
+def norm_in_double_dropout_of_zero(x, w):
+    h = F.dropout(x, 0.0, training=True).contiguous().float()
+    return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+NORMS = [f for name, f in list(globals().items()) if name.startswith("norm_")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("function", NORMS, ids=lambda f: f.__name__)
+def test_rms_norm(function, dtype):
+    x, w = torch.randn(3, 5, 16, dtype=dtype), torch.randn(16, dtype=dtype)
+    report = report_of(function, x, w)
+    assert report.counts == {"rms_norm": 1}, report
+    assert "rsqrt" not in report.graphs[0].after.code and "pow" not in report.graphs[0].after.code
+    torch.testing.assert_close(report.graphs[0].after(*ordered(report, x=x, w=w))[0], function(x, w), rtol=2e-2, atol=2e-2)
+
+
+def ordered(report, **values):
+    """The inputs of a graph in its order, by the names that Dynamo made from the function's parameters."""
+    names = [n.target for n in report.graphs[0].before.graph.nodes if n.op == "placeholder"]
+    return [values[re.fullmatch(r"L_(\w+?)_+", n).group(1)] for n in names]
+
+
+def test_rms_norm_of_heads_in_a_transposed_view():
+    def q_norm(h, w):
+        return norm_llama(h.view(2, 5, 4, 16).transpose(1, 2), w)
+
+    report = report_of(q_norm, torch.randn(2, 5, 64), torch.randn(16))
+    assert report.counts == {"rms_norm": 1}
+
+
+def test_rms_norm_module():
+    assert report_of(nn.RMSNorm(16), torch.randn(3, 16)).counts == {"rms_norm": 1}
+    assert report_of(nn.RMSNorm(16, elementwise_affine=False), torch.randn(3, 16)).counts == {"rms_norm": 1}
+
+
+# ---- SwiGLU -------------------------------------------------------------------------------------------------------
+
+
+def glu_llama(g, u):
+    return F.silu(g) * u
+
+
+def glu_other_order(g, u):
+    return u * F.silu(g)
+
+
+def glu_module(g, u):
+    return nn.SiLU()(g) * u
+
+
+def glu_sigmoid_product(g, u):
+    return g * torch.sigmoid(g) * u
+
+
+def glu_sigmoid_first(g, u):
+    return torch.sigmoid(g) * g * u
+
+
+def glu_sigmoid_method_other_order(g, u):
+    return u * (g * g.sigmoid())
+
+
+def glu_sigmoid_associated(g, u):
+    return u * g * F.sigmoid(g)
+
+
+def glu_swish_by_exponential(g, u):
+    return g / (1 + torch.exp(-g)) * u
+
+
+def glu_logistic_by_exponential(g, u):
+    return (1 / (1 + (-g).exp())) * g * u
+
+
+def glu_method(g, u):
+    return F.silu(g).mul(u)
+
+
+def glu_function(g, u):
+    return torch.mul(u, torch.nn.functional.silu(g, inplace=False))
+
+
+def glu_multiply(g, u):
+    return torch.multiply(F.silu(input=g), other=u)
+
+
+def glu_aten(g, u):
+    return torch.ops.aten.silu(g) * u
+
+
+def glu_contiguous(g, u):
+    return F.silu(g).contiguous() * u
+
+
+GLUS = [f for name, f in list(globals().items()) if name.startswith("glu_")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("function", GLUS, ids=lambda f: f.__name__)
+def test_swiglu(function, dtype):
+    g, u = torch.randn(4, 6, dtype=dtype), torch.randn(4, 6, dtype=dtype)
+    report = report_of(function, g, u)
+    assert report.counts == {"swiglu": 1}, report
+    torch.testing.assert_close(report.graphs[0].after(*ordered(report, g=g, u=u))[0], function(g, u), rtol=3e-2, atol=3e-2)
+
+
+def packed_chunk(h):
+    g, u = h.chunk(2, dim=-1)
+    return F.silu(g) * u
+
+
+def packed_chunk_up_first(h):
+    u, g = torch.chunk(h, 2, -1)
+    return u * F.silu(g)
+
+
+def packed_split(h):
+    g, u = torch.split(h, 8, dim=-1)
+    return u * F.silu(g)
+
+
+def packed_split_sizes(h):
+    g, u = h.split([8, 8], -1)
+    return F.silu(g) * u
+
+
+def packed_tensor_split(h):
+    g, u = h.tensor_split(2, dim=-1)
+    return F.silu(g) * u
+
+
+def packed_slices(h):
+    return F.silu(h[..., :8]) * h[..., 8:]
+
+
+def packed_negative_slices(h):
+    return F.silu(h[..., :-8]) * h[..., -8:]
+
+
+def packed_positional_slices(h):
+    return F.silu(h[:, :, 8:16]) * h[:, :, 0:8]
+
+
+def packed_unbind(h):
+    g, u = h.view(3, 5, 2, 8).unbind(-2)
+    return F.silu(g) * u
+
+
+def packed_unflatten(h):
+    pair = h.unflatten(-1, (2, 8))
+    return F.silu(pair[..., 0, :]) * pair[..., 1, :]
+
+
+def packed_narrow(h):
+    return F.silu(h.narrow(-1, 0, 8)) * torch.narrow(h, 2, 8, 8)
+
+
+def packed_select(h):
+    pair = h.reshape(3, 5, 2, 8)
+    return F.silu(pair.select(2, 0)) * pair.select(-2, 1)
+
+
+PACKED = [f for name, f in list(globals().items()) if name.startswith("packed_")]
+
+
+@pytest.mark.parametrize("function", PACKED, ids=lambda f: f.__name__)
+def test_packed_swiglu(function):
+    h = torch.randn(3, 5, 16)
+    report = report_of(function, h)
+    assert report.counts == {"packed_swiglu": 1}, report
+    torch.testing.assert_close(report.graphs[0].after(h)[0], function(h))
+
+
+def test_geglu():
+    g, u = torch.randn(4, 6), torch.randn(4, 6)
+    for approximate in ("tanh", "none"):
+        report = report_of(lambda g, u, a=approximate: F.gelu(g, approximate=a) * u, g, u)
+        assert report.counts == {"geglu": 1}
+        assert report_of(lambda h, a=approximate: (lambda x, y: x * F.gelu(y, approximate=a))(*h.chunk(2, -1)), g).counts == {
+            "packed_geglu": 1
+        }
+
+
+# ---- RoPE ---------------------------------------------------------------------------------------------------------
+
+
+def half(x):
+    x1 = x[..., : x.shape[-1] // 2]
+    x2 = x[..., x.shape[-1] // 2 :]
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def rope_llama(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return (q * cos) + (half(q) * sin), (k * cos) + (half(k) * sin)
+
+
+def rope_chunk(q, k, cos, sin):
+    def rotate(x):
+        x1, x2 = x.chunk(2, dim=-1)
+        return torch.cat([-x2, x1], -1)
+
+    cos, sin = cos[:, None], sin[:, None]
+    return rotate(q) * sin + q * cos, rotate(k) * sin + k * cos
+
+
+def rope_split(q, k, cos, sin):
+    def rotate(x):
+        x1, x2 = torch.split(x, x.shape[-1] // 2, dim=-1)
+        return torch.cat((x2.neg(), x1), dim=-1)
+
+    cos, sin = cos[:, None, :, :], sin[:, None, :, :]
+    return torch.add(q * cos, rotate(q) * sin), torch.add(k * cos, rotate(k) * sin)
+
+
+def rope_unbind(q, k, cos, sin):
+    def rotate(x):
+        x1, x2 = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2).unbind(dim=-2)
+        return torch.cat((-x2, x1), dim=-1)
+
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + rotate(q) * sin, k * cos + rotate(k) * sin
+
+
+def rope_concat_times_minus_one(q, k, cos, sin):
+    def rotate(x):
+        n = x.size(-1) // 2
+        return torch.concat([x[..., n:] * -1, x[..., :n]], dim=x.ndim - 1)
+
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + rotate(q) * sin, k * cos + rotate(k) * sin
+
+
+def rope_negative_slices(q, k, cos, sin):
+    def rotate(x):
+        return torch.cat((torch.neg(x[:, :, :, -4:]), x[:, :, :, :-4]), 3)
+
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + rotate(q) * sin, k * cos + rotate(k) * sin
+
+
+def rope_narrow(q, k, cos, sin):
+    def rotate(x):
+        return torch.cat((-x.narrow(-1, 4, 4), x.narrow(-1, 0, 4)), -1)
+
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q.mul(cos).add(rotate(q).mul(sin)), k.mul(cos).add(rotate(k).mul(sin))
+
+
+def rope_operand_order(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return sin * half(q) + cos * q, sin * half(k) + cos * k
+
+
+def rope_cast_back(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1).float(), sin.unsqueeze(1).float()
+    return (q * cos + half(q) * sin).to(q.dtype), (k * cos + half(k) * sin).to(k.dtype)
+
+
+def rope_upcast(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    qf, kf = q.float(), k.float()
+    return (qf * cos + half(qf) * sin).type_as(q), (kf * cos + half(kf) * sin).type_as(k)
+
+
+def rope_partial(q, k, cos, sin):
+    cos, sin = cos[..., :4].unsqueeze(1), sin[..., :4].unsqueeze(1)
+
+    def part(x):
+        rot, rest = x[..., :4], x[..., 4:]
+        return torch.cat([rot * cos + half(rot) * sin, rest], dim=-1)
+
+    return part(q), part(k)
+
+
+def rope_partial_of_everything(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def part(x):
+        rot, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        return torch.cat([rot * cos + half(rot) * sin, rest], dim=-1)
+
+    return part(q), part(k)
+
+
+def rope_batched_angles(q, k, cos, sin):
+    cos, sin = cos.expand(2, -1, -1).unsqueeze(1), sin.expand(2, -1, -1).unsqueeze(1)
+    return q * cos + half(q) * sin, k * cos + half(k) * sin
+
+
+def rope_tokens_before_heads(q, k, cos, sin):
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    return q * cos + half(q) * sin, k * cos + half(k) * sin
+
+
+ROPES = [f for name, f in list(globals().items()) if name.startswith("rope_")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("function", ROPES, ids=lambda f: f.__name__)
+def test_rope(function, dtype):
+    q, k = torch.randn(2, 5, 4, 8, dtype=dtype).transpose(1, 2), torch.randn(2, 5, 2, 8, dtype=dtype).transpose(1, 2)
+    cos, sin = torch.randn(1, 5, 8, dtype=dtype), torch.randn(1, 5, 8, dtype=dtype)
+    report = report_of(function, q, k, cos, sin)
+    assert report.counts == {"rope": 1}, report
+    assert "rope_pair" in report.graphs[0].after.code
+    results = report.graphs[0].after(*ordered(report, q=q, k=k, cos=cos, sin=sin))
+    for result, expected in zip(results, function(q, k, cos, sin), strict=True):
+        torch.testing.assert_close(result, expected)
+        assert result.stride() == expected.stride()
+
+
+def test_rope_on_one_tensor():
+    report = report_of(lambda q, cos, sin: q * cos + half(q) * sin, torch.randn(2, 4, 5, 8), torch.randn(5, 8), torch.randn(5, 8))
+    assert report.counts == {"rope": 1} and "rope_pair" not in report.graphs[0].after.code
+
+
+def test_rope_of_q_and_k_with_angles_of_their_own():
+    def function(q, k, cos, sin):
+        return q * cos + half(q) * sin, k * sin + half(k) * cos
+
+    assert report_of(function, *[torch.randn(2, 4, 5, 8) for _ in range(4)]).counts == {"rope": 2}
+
+
+# ---- linear + cross-entropy ---------------------------------------------------------------------------------------
+
+
+def loss_plain(h, w, b, y):
+    return F.cross_entropy(F.linear(h, w), y)
+
+
+def loss_bias(h, w, b, y):
+    return F.cross_entropy(F.linear(h, w, b), y)
+
+
+def loss_matmul(h, w, b, y):
+    return F.cross_entropy(h @ w.T, y)
+
+
+def loss_matmul_added_bias(h, w, b, y):
+    return F.cross_entropy(torch.matmul(h, w.t()) + b, y)
+
+
+def loss_addmm(h, w, b, y):
+    return F.cross_entropy(torch.addmm(b, h, w.transpose(0, 1)), y)
+
+
+def loss_einsum(h, w, b, y):
+    return F.cross_entropy(torch.einsum("th,vh->tv", h, w), y)
+
+
+def loss_sum(h, w, b, y):
+    return F.cross_entropy(F.linear(h, w).float(), y, reduction="sum") / 7
+
+
+def loss_module(h, w, b, y):
+    return nn.CrossEntropyLoss(ignore_index=3)(F.linear(h, w), y)
+
+
+def loss_nll(h, w, b, y):
+    return F.nll_loss(F.log_softmax(F.linear(h, w), dim=-1), y, ignore_index=-1)
+
+
+def loss_nll_float32(h, w, b, y):
+    return nn.NLLLoss()(torch.log_softmax(F.linear(h, w), dim=1, dtype=torch.float32), y)
+
+
+def loss_view(h, w, b, y):
+    logits = F.linear(h.view(2, 3, 8), w).float()
+    return F.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1))
+
+
+def loss_flatten(h, w, b, y):
+    return F.cross_entropy(F.linear(h.unflatten(0, (2, 3)), w, b).flatten(0, 1).float(), y)
+
+
+def loss_shifted_logits(h, w, b, y):
+    logits, labels = F.linear(h.view(2, 3, 8), w), y.view(2, 3)
+    logits = logits[..., :-1, :].contiguous()
+    labels = labels[..., 1:].contiguous()
+    return F.cross_entropy(logits.view(-1, 11), labels.view(-1))
+
+
+def loss_shifted_after_upcast(h, w, b, y):
+    logits, labels = F.linear(h.view(2, 3, 8), w).float(), y.view(2, 3)
+    return F.cross_entropy(logits[:, :-1].reshape(-1, 11), labels[:, 1:].reshape(-1))
+
+
+def loss_classes_second(h, w, b, y):
+    logits = F.linear(h.view(2, 3, 8), w)
+    return F.cross_entropy(logits.transpose(1, 2), y.view(2, 3))
+
+
+def loss_padded_labels(h, w, b, y):
+    logits = F.linear(h.view(2, 3, 8), w).float()
+    labels = F.pad(y.view(2, 3), (0, 1), value=-100)[..., 1:].contiguous()
+    return F.cross_entropy(logits.view(-1, 11), labels.view(-1), ignore_index=-100, reduction="mean")
+
+
+def loss_scaled(h, w, b, y):
+    return F.cross_entropy((F.linear(h, w) * 0.25).float(), y)
+
+
+def loss_divided(h, w, b, y):
+    return F.cross_entropy(F.linear(h, w).float() / 8.0, y)
+
+
+def loss_softcapped(h, w, b, y):
+    return F.cross_entropy((torch.tanh(F.linear(h, w) / 30.0) * 30.0).float(), y)
+
+
+def loss_softcapped_in_float32(h, w, b, y):
+    return F.cross_entropy(30.0 * torch.tanh(F.linear(h, w).float() / 30.0), y)
+
+
+LOSSES = [f for name, f in list(globals().items()) if name.startswith("loss_")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("function", LOSSES, ids=lambda f: f.__name__)
+def test_linear_cross_entropy(function, dtype):
+    h, w, b = torch.randn(6, 8, dtype=dtype), torch.randn(11, 8, dtype=dtype), torch.randn(11, dtype=dtype)
+    y = torch.tensor([0, 10, 3, 5, 3, 7])
+    report = report_of(function, h, w, b, y)
+    assert report.counts == {"linear_cross_entropy": 1}, report
+    result = report.graphs[0].after(*ordered(report, h=h, w=w, b=b, y=y))[0]
+    torch.testing.assert_close(result, function(h, w, b, y), rtol=2e-2, atol=2e-2)
+    assert result.dtype == function(h, w, b, y).dtype
+
+
+# ---- near misses --------------------------------------------------------------------------------------------------
+
+X, W, G, U = torch.randn(3, 5, 16), torch.randn(16), torch.randn(4, 6), torch.randn(4, 6)
+Q, COS, SIN = torch.randn(2, 4, 5, 8), torch.randn(5, 8), torch.randn(5, 8)
+H, V, Y = torch.randn(6, 8), torch.randn(11, 8), torch.tensor([0, 10, 3, 5, 3, 7])
+
+
+def normed(x, w, power=2, dim=-1, eps=1e-6):
+    return w * (x * torch.rsqrt(x.pow(power).mean(dim, keepdim=True) + eps))
+
+
+def norm_mutated(x, w):
+    x = x.clone()
+    r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    x.add_(1)
+    return w * (x * r)
+
+
+def norm_statistics_used(x, w):
+    variance = x.pow(2).mean(-1, keepdim=True)
+    return w * (x * torch.rsqrt(variance + 1e-6)), variance
+
+
+def norm_without_gradient_inside(x, w):
+    with torch.no_grad():
+        r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return w * (x * r)
+
+
+def silu_mutated(g, u):
+    s = F.silu(g)
+    s.mul_(2)
+    return s * u
+
+
+def silu_used_twice(g, u):
+    s = F.silu(g)
+    return s * u, s + 1
+
+
+def rotated(x, cos, sin, rotate):
+    return x * cos + rotate(x) * sin
+
+
+NEAR_MISSES = [
+    # pattern, what the reason must name, function, arguments
+    ("rms_norm", r"-2.*where the pattern has -1", lambda x, w: normed(x, w, dim=-2), (X, W)),
+    ("rms_norm", r"pow\(l_x, 3\).*square", lambda x, w: normed(x, w, power=3), (X, W)),
+    ("rms_norm", r"abs\(l_x\).*square", lambda x, w: w * (x * torch.rsqrt(x.abs().mean(-1, True) + 1e-6)), (X, W)),
+    ("rms_norm", r"sum.*mean", lambda x, w: w * (x * torch.rsqrt(x.pow(2).sum(-1, True) + 1e-6)), (X, W)),
+    ("rms_norm", r"sqrt.*rsqrt", lambda x, w: w * (x * torch.sqrt(x.pow(2).mean(-1, True) + 1e-6)), (X, W)),
+    ("rms_norm", r"mean.*add", lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, True))), (X, W)),
+    ("rms_norm", r"sub.*add|LayerNorm", lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, True) - 1e-6)), (X, W)),
+    ("rms_norm", r"in one place", lambda x, w: w * (x.relu() * torch.rsqrt(x.pow(2).mean(-1, True) + 1e-6)), (X, W)),
+    ("rms_norm", r"LayerNorm", lambda x, w: F.rms_norm(x - x.mean(-1, keepdim=True), (16,), w), (X, W)),
+    ("rms_norm", r"after add_", norm_mutated, (X, W)),
+    ("rms_norm", r"variance is returned", norm_statistics_used, (X, W)),
+    ("rms_norm", r"region|in one place", norm_without_gradient_inside, (X.clone().requires_grad_(), W)),
+    ("rms_norm", r"float64", lambda x, w: normed(x, w), (X.double(), W.double())),
+    ("rms_norm", r"detach", lambda x, w: w * (x * torch.rsqrt(x.detach().pow(2).mean(-1, True) + 1e-6)), (X, W)),
+    ("rms_norm", r"True.*False|False.*True", lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1) + 1e-6)), (X[0, 0], W)),
+    ("swiglu", r"relu.*silu", lambda g, u: F.relu(g) * u, (G, U)),
+    ("swiglu", r"sigmoid.*silu", lambda g, u: torch.sigmoid(g) * u, (G, U)),
+    ("swiglu", r"mish.*silu", lambda g, u: F.mish(g) * u, (G, U)),
+    ("swiglu", r"add.*mul", lambda g, u: F.silu(g) + u, (G, U)),
+    ("swiglu", r"sub.*mul", lambda g, u: F.silu(g) - u, (G, U)),
+    ("swiglu", r"broadcast", lambda g, u: F.silu(g) * u, (G, U[:1])),
+    ("swiglu", r"broadcast", lambda g, u: F.silu(g) * u, (G[..., :1], U)),
+    ("swiglu", r"u is 2\.0|up is 2\.0", lambda g, u: F.silu(g) * 2.0 + u, (G, U)),
+    ("swiglu", r"silu is also used|silu.*returned|also used by", silu_used_twice, (G, U)),
+    ("swiglu", r"mul_|changed in place|after", silu_mutated, (G, U)),
+    ("swiglu", r"float64", lambda g, u: F.silu(g) * u, (G.double(), U.double())),
+    ("swiglu", r"bfloat16", lambda g, u: F.silu(g) * u, (G.bfloat16(), U)),
+    ("swiglu", r"sigmoid.*silu", lambda g, u: g * torch.sigmoid(1.702 * g) * u, (G, U)),
+    ("rope", r"neg", lambda x, c, s: rotated(x, c, s, lambda x: torch.cat((x[..., 4:], x[..., :4]), -1)), (Q, COS, SIN)),
+    ("rope", r"neg", lambda x, c, s: rotated(x, c, s, lambda x: torch.cat((x[..., 4:], -x[..., :4]), -1)), (Q, COS, SIN)),
+    ("rope", r"sub.*add", lambda x, c, s: x * c - half(x) * s, (Q, COS, SIN)),
+    ("rope", r"3.*4|size", lambda x, c, s: rotated(x, c, s, lambda x: torch.cat((-x[..., 3:], x[..., :3]), -1)), (Q, COS, SIN)),
+    ("rope", r"has 0 in slice.*= 4", lambda x, c, s: rotated(x, c, s, lambda x: torch.cat((-x[..., :4], x[..., 4:]), -1)), (Q, COS, SIN)),
+    ("rope", r"in one place", lambda x, c, s: x * c + half(x.relu()) * s, (Q, COS, SIN)),
+    ("rope", r"in one place|half", lambda x, c, s: x.sin() * c + half(x) * s, (Q, COS, SIN)),
+    ("rope", r"needs a gradient", lambda x, c, s: x * c + half(x) * s, (Q, COS.clone().requires_grad_(), SIN)),
+    ("rope", r"also used by|returned", lambda x, c, s: (lambda r: (x * c + r * s, r))(half(x)), (Q, COS, SIN)),
+    ("rope", r"float64", lambda x, c, s: x * c + half(x) * s, (Q.double(), COS.double(), SIN.double())),
+    ("rope", r"5 dimensions", lambda x, c, s: x * c + half(x) * s, (Q[None], COS, SIN)),
+    ("rope", r"interleave.*cat", lambda x, c, s: rotated(x, c, s, lambda x: torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)), (Q, COS, SIN)),
+    ("linear_cross_entropy", r"none", lambda h, w, y: F.cross_entropy(F.linear(h, w), y, reduction="none"), (H, V, Y)),
+    ("linear_cross_entropy", r"0\.1", lambda h, w, y: F.cross_entropy(F.linear(h, w), y, label_smoothing=0.1), (H, V, Y)),
+    ("linear_cross_entropy", r"None", lambda h, w, y: F.cross_entropy(F.linear(h, w), y, weight=w[:, 0]), (H, V, Y)),
+    ("linear_cross_entropy", r"probabilities", lambda h, w, y: F.cross_entropy(F.linear(h, w), F.one_hot(y, 11).float()), (H, V, Y)),
+    ("linear_cross_entropy", r"relu.*linear", lambda h, w, y: F.cross_entropy(F.linear(h, w).relu(), y), (H, V, Y)),
+    ("linear_cross_entropy", r"add.*linear", lambda h, w, y: F.cross_entropy(F.linear(h, w) + F.linear(h, w.sin()), y), (H, V, Y)),
+    ("linear_cross_entropy", r"l_|where the pattern has linear", lambda h, w, y: F.cross_entropy(h, y), (H, V, Y % 8)),
+    ("linear_cross_entropy", r"also used by", lambda h, w, y: (lambda z: F.cross_entropy(z, y) + z.logsumexp(-1).square().mean())(F.linear(h, w)), (H, V, Y)),
+    ("linear_cross_entropy", r"slice.*linear", lambda h, w, y: F.cross_entropy(F.linear(h, w)[..., :9], y.clamp(max=8)), (H, V, Y)),
+    ("linear_cross_entropy", r"float64", lambda h, w, y: F.cross_entropy(F.linear(h, w), y), (H.double(), V.double(), Y)),
+    ("linear_cross_entropy", r"kl_div|mse_loss|cross_entropy", lambda h, w, y: F.mse_loss(F.linear(h, w).float(), w[y]), (H, torch.randn(8, 8), Y % 8)),
+    ("linear_cross_entropy", r"not positive|softcap", lambda h, w, y: F.cross_entropy(torch.tanh(F.linear(h, w) / 30.0) * 20.0, y), (H, V, Y)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern, reason, function, args", NEAR_MISSES, ids=[f"{m[0]}-{i}" for i, m in enumerate(NEAR_MISSES)])
+def test_near_miss(pattern, reason, function, args):
+    report = report_of(function, *args)
+    assert pattern not in report.counts, report
+    told = [m.reason for m in report.misses if m.pattern == pattern]
+    assert told, f"nothing was told:\n{report}"
+    assert any(re.search(reason, r) for r in told), told
