@@ -10,7 +10,7 @@ import functools
 import inspect
 import itertools
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .match import Match
 
 Check = Callable[["Match"], "str | None"]
+Examples = Callable[[Any, int], Iterable[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Pattern:
     """Whether the backward may compute the replacement again instead of keeping its result."""
     on_demand: bool = False
     """Whether intermediate results that the graph returns may be computed when somebody reads them."""
+    examples: Examples | None = None
+    """Operands to try the pattern with: given a tensor factory and a number of rows, yields them by name."""
 
     @functools.cached_property
     def spellings(self) -> tuple[Spelling, ...]:

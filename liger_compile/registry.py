@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .emit import parameters_of, target_of
-from .pattern import Check, Pattern, _where
+from .pattern import Check, Examples, Pattern, _where
 from .terms import PatternError
 
 _PATTERNS: list[Pattern] = []
@@ -22,6 +22,7 @@ def register_pattern(
     name: str | None = None,
     recompute: bool = False,
     on_demand: bool = False,
+    examples: Examples | None = None,
 ) -> Pattern:
     """Registers a pattern for every later compilation in this process.
 
@@ -38,11 +39,13 @@ def register_pattern(
         recompute: whether the backward may run the replacement again instead of keeping its result.
         on_demand: whether intermediate results that the model returns (logits next to a loss) may be computed only when
             somebody reads them, instead of preventing the rewrite.
+        examples: operands to try the pattern with. It is called with a tensor factory `make(*shape)` and a number of
+            rows, and yields dictionaries of operands by name; the test suite compares function and replacement on them.
 
     Raises:
         PatternError: the function cannot be traced, or the replacement does not take its operands.
     """
-    pattern = make_pattern(function, replacement, check, name, recompute, on_demand)
+    pattern = make_pattern(function, replacement, check, name, recompute, on_demand, examples)
     _PATTERNS.append(pattern)
     return pattern
 
@@ -53,11 +56,12 @@ def pattern(
     name: str | None = None,
     recompute: bool = False,
     on_demand: bool = False,
+    examples: Examples | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator form of `register_pattern`. The function itself is returned unchanged."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        register_pattern(function, replace, check, name, recompute, on_demand)
+        register_pattern(function, replace, check, name, recompute, on_demand, examples)
         return function
 
     return register
@@ -70,9 +74,10 @@ def make_pattern(
     name: str | None = None,
     recompute: bool = False,
     on_demand: bool = False,
+    examples: Examples | None = None,
 ) -> Pattern:
     """A pattern for one compilation (`options={"liger.patterns": [...]}`), checked but not registered."""
-    made = Pattern(name or function.__name__, function, replacement, check, recompute, on_demand)
+    made = Pattern(name or function.__name__, function, replacement, check, recompute, on_demand, examples)
     target, fixed = target_of(replacement)
     accepted = parameters_of(target)
     for spelling in made.spellings:

@@ -19,34 +19,39 @@ def check(match: Match) -> str | None:
     return None
 
 
-@pattern(replace=ops.glu, check=check, recompute=True)
+def examples(make, rows):
+    yield {"gate": make(rows, 96), "up": make(rows, 96), "x": make(rows, 192)}
+    yield {"gate": make(2, rows, 33), "up": make(2, rows, 33), "x": make(2, rows, 66)}
+
+
+@pattern(replace=ops.glu, check=check, recompute=True, examples=examples)
 def swiglu(gate, up):
     return F.silu(gate) * up
 
 
-@pattern(replace=partial(ops.glu, activation="gelu_tanh"), check=check, recompute=True)
+@pattern(replace=partial(ops.glu, activation="gelu_tanh"), check=check, recompute=True, examples=examples)
 def geglu(gate, up):
     return F.gelu(gate, approximate="tanh") * up
 
 
-@pattern(replace=partial(ops.glu, activation="gelu"), check=check, name="geglu", recompute=True)
+@pattern(replace=partial(ops.glu, activation="gelu"), check=check, name="geglu", recompute=True, examples=examples)
 def exact_geglu(gate, up):
     return F.gelu(gate) * up
 
 
-@pattern(replace=ops.packed_glu, recompute=True)
+@pattern(replace=ops.packed_glu, recompute=True, examples=examples)
 def packed_swiglu(x, *, gate_first: Literal[True, False]):
     first, second = x.chunk(2, dim=-1)
     return F.silu(first) * second if gate_first else first * F.silu(second)
 
 
-@pattern(replace=partial(ops.packed_glu, activation="gelu_tanh"), recompute=True)
+@pattern(replace=partial(ops.packed_glu, activation="gelu_tanh"), recompute=True, examples=examples)
 def packed_geglu(x, *, gate_first: Literal[True, False]):
     first, second = x.chunk(2, dim=-1)
     return F.gelu(first, approximate="tanh") * second if gate_first else first * F.gelu(second, approximate="tanh")
 
 
-@pattern(replace=partial(ops.packed_glu, activation="gelu"), name="packed_geglu", recompute=True)
+@pattern(replace=partial(ops.packed_glu, activation="gelu"), name="packed_geglu", recompute=True, examples=examples)
 def packed_exact_geglu(x, *, gate_first: Literal[True, False]):
     first, second = x.chunk(2, dim=-1)
     return F.gelu(first) * second if gate_first else first * F.gelu(second)

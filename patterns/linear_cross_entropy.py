@@ -22,9 +22,28 @@ def check(match: Match) -> str | None:
     return None
 
 
+def examples(make, rows):
+    for reduction in ("mean", "sum"):
+        for bias in (make(67), None):
+            target = make.integers(67, rows)
+            if rows > 2:
+                target[1] = -100
+            yield {
+                "hidden": make(rows, 120),
+                "weight": make(67, 120) * 0.2,
+                "bias": bias,
+                "target": target,
+                "ignore_index": -100,
+                "reduction": reduction,
+                "scale": 0.25,
+                "divisor": 3.0,
+                "softcap": 5.0,
+            }
+
+
 def loss_pattern(**fixed):
     op = partial(ops.linear_cross_entropy, **fixed)
-    return pattern(replace=op, check=check, name="linear_cross_entropy", on_demand=True)
+    return pattern(replace=op, check=check, name="linear_cross_entropy", on_demand=True, examples=examples)
 
 
 def loss(logits, target, ignore_index, reduction):

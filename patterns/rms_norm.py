@@ -26,8 +26,14 @@ def check(match: Match) -> str | None:
     return None
 
 
+def examples(make, rows):
+    yield {"x": make(rows, 96), "weight": make(96), "eps": 1e-6}
+    yield {"x": make(2, 3, rows, 33), "weight": make(33), "eps": 1e-5}
+
+
 def rms_pattern(**fixed):
-    return pattern(replace=partial(ops.rms_norm, **fixed), check=check, name="rms_norm", recompute=True)
+    op = partial(ops.rms_norm, **fixed)
+    return pattern(replace=op, check=check, name="rms_norm", recompute=True, examples=examples)
 
 
 @rms_pattern(rounding="normed")  # Llama, Mistral, Qwen

@@ -35,21 +35,30 @@ def check(match: Match) -> str | None:
     return None
 
 
-@pattern(replace=ops.rope_pair, check=check, name="rope")
+def examples(make, rows):
+    for width in (16, 6):  # all of the head, a part of it
+        q, k = make(2, 4, rows, 16), make(2, 1, rows, 16)
+        yield {"q": q, "k": k, "x": q, "cos": make.constant(rows, width), "sin": make.constant(rows, width)}
+        cos, sin = make.constant(2, 1, rows, width), make.constant(2, 1, rows, width)
+        yield {"q": q, "k": k, "x": k, "cos": cos, "sin": sin}
+        yield {"q": q, "k": k, "x": q, "cos": cos.float(), "sin": sin.float()}
+
+
+@pattern(replace=ops.rope_pair, check=check, name="rope", examples=examples)
 def rope_pair(q, k, cos, sin, *, upcast: Literal[False, True]):
     return rotate(q, cos, sin, upcast), rotate(k, cos, sin, upcast)
 
 
-@pattern(replace=ops.rope, check=check)
+@pattern(replace=ops.rope, check=check, examples=examples)
 def rope(x, cos, sin, *, upcast: Literal[False, True]):
     return rotate(x, cos, sin, upcast)
 
 
-@pattern(replace=partial(ops.rope_pair, contiguous=True), check=check, name="rope")
+@pattern(replace=partial(ops.rope_pair, contiguous=True), check=check, name="rope", examples=examples)
 def partial_rope_pair(q, k, cos, sin, *, upcast: Literal[False, True]):
     return rotate_part(q, cos, sin, upcast), rotate_part(k, cos, sin, upcast)
 
 
-@pattern(replace=partial(ops.rope, contiguous=True), check=check, name="rope")
+@pattern(replace=partial(ops.rope, contiguous=True), check=check, name="rope", examples=examples)
 def partial_rope(x, cos, sin, *, upcast: Literal[False, True]):
     return rotate_part(x, cos, sin, upcast)
