@@ -18,19 +18,10 @@ from .rules import RULES, Call, NotCanonical
 from .terms import Term, Terms
 
 _NAMESPACES = (torch, torch.nn.functional, torch._C._nn, operator, torch.special, torch.linalg)
-_INPLACE_OPERATORS = {
-    fn: name
-    for fn, name in (
-        (operator.iadd, "add"),
-        (operator.isub, "sub"),
-        (operator.imul, "mul"),
-        (operator.itruediv, "div"),
-        (operator.ipow, "pow"),
-        (operator.setitem, "setitem"),
-        (operator.iand, "and"),
-        (operator.ior, "or"),
-    )
-}
+_INPLACE_OPERATORS = frozenset(
+    getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
+)
 
 
 def value_of(node: Any) -> Any:
@@ -216,36 +207,42 @@ def _storage(value: Any) -> Any:
 
 def _written_by(node: fx.Node) -> Iterator[torch.Tensor]:
     """The tensors a call writes to."""
-    if node.op not in ("call_function", "call_method"):
-        return
-    written: list[Any] = []
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op in ("call_function", "call_method"):
+        for argument in _written_arguments(node):
+            for item in argument if isinstance(argument, (tuple, list)) else (argument,):
+                value = value_of(item)
+                if isinstance(value, torch.Tensor):
+                    yield value
+
+
+def _written_arguments(node: fx.Node) -> Iterator[Any]:
+    target, first = node.target, node.args[0] if node.args else None
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    trailing = name.endswith("_") and not name.endswith("__")
+    yield node.kwargs.get("out")
     if node.op == "call_method":
-        if (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__"):
-            written = [node.args[0]]
-    elif node.target in _INPLACE_OPERATORS:
-        written = [node.args[0]]
-    elif isinstance(node.target, torch._ops.OpOverload):
-        schema = node.target._schema
-        named = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
-        written = [
-            named.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
-        ]
-    elif name.endswith("_") and not name.endswith("__") and call_name(node.target) is not None:
-        written = [node.args[0]]
-    if node.kwargs.get("inplace") is True and node.args:
-        written.append(node.args[0])
-    elif name in _INPLACE_FLAG and len(node.args) > _INPLACE_FLAG[name] and node.args[_INPLACE_FLAG[name]] is True:
-        written.append(node.args[0])
-    written.append(node.kwargs.get("out"))
-    for w in written:
-        for item in w if isinstance(w, (tuple, list)) else (w,):
-            value = value_of(item)
-            if isinstance(value, torch.Tensor):
-                yield value
+        if trailing or name in ("__setitem__", "__iadd__", "__imul__"):
+            yield first
+    elif target in _INPLACE_OPERATORS:
+        yield first
+    elif isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        overload = target if isinstance(target, torch._ops.OpOverload) else getattr(target, target.overloads()[0])
+        schema = overload._schema.arguments
+        given = dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
+        yield from (given.get(a.name) for a in schema if a.alias_info is not None and a.alias_info.is_write)
+    elif call_name(target) is None:
+        # A higher-order operation says whether it mutates; a function that is not torch's may do anything.
+        foreign = not getattr(target, "__module__", "torch").startswith(("torch", "_operator", "builtins"))
+        if foreign or "mutation" in name:
+            yield from node.all_input_nodes
+    elif trailing or node.kwargs.get("inplace") is True:
+        yield first
+    elif name in _INPLACE_FLAG and True in node.args[_INPLACE_FLAG[name] :][:1]:
+        yield first
 
 
 _INPLACE_FLAG = {"silu": 1, "relu": 1, "mish": 1, "dropout": 3, "leaky_relu": 2, "elu": 2, "hardtanh": 3}
+"""Where functions take `inplace` by position."""
 
 
 def _region_after(node: fx.Node, region: Region) -> Region:
@@ -269,7 +266,7 @@ def inputs_of(node: fx.Node, stop: Callable[[fx.Node], bool]) -> list[fx.Node]:
     while todo:
         for n in todo.pop().all_input_nodes:
             value = value_of(n)
-            tensor_like = isinstance(value, torch.Tensor) or isinstance(value, (tuple, list))
+            tensor_like = isinstance(value, (torch.Tensor, tuple, list))
             if n not in seen and tensor_like and not stop(n):
                 seen[n] = None
                 todo.append(n)

@@ -31,7 +31,9 @@ class Recipe(nn.Module):
         self.dtype, self.requires_grad = example.dtype, example.requires_grad
         device = example.device.type
         self.autocast = (
-            (device, torch.get_autocast_dtype(device), True) if torch.is_autocast_enabled(device) else (device, None, False)
+            (device, torch.get_autocast_dtype(device), True)
+            if torch.is_autocast_enabled(device)
+            else (device, None, False)
         )
 
     def forward(self, *inputs: Any) -> Tensor:
@@ -183,9 +185,10 @@ class LazyTensor(torch.Tensor):
 
 
 _METADATA = frozenset(
-    "shape dtype device ndim layout requires_grad is_leaf is_cuda is_cpu is_meta is_sparse is_sparse_csr is_quantized "
-    "is_nested is_mkldnn is_xpu is_mps names itemsize nbytes dim ndimension size stride numel nelement element_size "
-    "is_floating_point is_complex is_signed is_contiguous storage_offset get_device is_inference __len__ __hash__".split()
+    ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "names", "itemsize", "nbytes")
+    + ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn", "is_xpu")
+    + ("dim", "ndimension", "size", "stride", "numel", "nelement", "element_size", "storage_offset", "get_device")
+    + ("is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_inference", "__len__", "__hash__")
 )
 _CASTS = frozenset(("to", "float", "half", "bfloat16", "double", "type", "type_as"))
 _STILL_LAZY = frozenset((torch.ops.aten._to_copy.default, torch.ops.aten.detach.default))

@@ -156,13 +156,17 @@ def _check_mutation(site: Site) -> None:
 
 
 def _check_other_users(site: Site, defer: bool) -> tuple[fx.Node, ...]:
-    """Intermediate results must not be needed elsewhere. Returns those that only the graph's caller sees, if `defer`."""
+    """Intermediate results must not be needed elsewhere; if `defer`, returns those that only the graph's caller sees."""
     inside = {*site.outputs, *site.interior}
     free: set[fx.Node] = set()
     returned = []
     for node in sorted(site.interior, key=site.match.view.position.get):
         term = site.match.view.of.get(node)
-        if term is not None and term.op in _FREE and not any(i in inside and i not in free for i in node.all_input_nodes):
+        if (
+            term is not None
+            and term.op in _FREE
+            and not any(i in inside and i not in free for i in node.all_input_nodes)
+        ):
             free.add(node)
             continue
         outside = [user for user in node.users if user not in inside]

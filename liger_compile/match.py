@@ -184,7 +184,9 @@ class Matcher:
             matched = {p for p in state.pairs if p not in odd}
             score = (len(matched) - 0.5 * (len(differences) - 1)) / spelling.operations
             telling = bool({_name(p) for p in matched} - _COMMON) or differences[0].related
-            if score < (0.4 if telling and len(differences) == 1 else 0.6) or (best is not None and score <= best.score):
+            if score < (0.4 if telling and len(differences) == 1 else 0.6) or (
+                best is not None and score <= best.score
+            ):
                 continue
             first = differences[0]
             at = first.found if isinstance(first.found, Term) else first.inside
@@ -348,7 +350,9 @@ class Matcher:
     def _reassociated(self, p: Term, t: Term, state: _State) -> Iterator[_State]:
         """(x * y) * z is also x * (y * z), where the pattern has a product or its square or silu in the other place."""
         for nested, z in (t.args, reversed(t.args)):
-            if not (isinstance(nested, Term) and nested.op == "mul" and isinstance(z, Term) and nested.dtype is t.dtype):
+            if not (
+                isinstance(nested, Term) and nested.op == "mul" and isinstance(z, Term) and nested.dtype is t.dtype
+            ):
                 continue
             for x, y in (nested.args, reversed(nested.args)):
                 if not (isinstance(x, Term) and isinstance(y, Term)):

@@ -31,8 +31,8 @@ Examples = Callable[[Any, int], Iterable[dict[str, Any]]]
 class Pattern:
     """What to look for, what to put in its place, and when not to.
 
-    `replacement` is called with the captured operands by the names of `function`'s parameters (those it accepts) and
-    returns what `function` returns. `check` is given the match and returns None, or the reason to leave the graph alone.
+    `replacement` is called with the captured operands by the names of `function`'s parameters and returns what `function`
+    returns. `check` is given the match and returns None, or the reason to leave the graph alone.
     """
 
     name: str
@@ -144,7 +144,7 @@ _SCALARS = {"float", "int", "number", "bool", "SymInt", "Scalar"}
 
 
 def _kinds(pattern: Pattern) -> dict[str, str]:
-    """"tensor", "tensor?" or "scalar" for the parameters whose kind the replacement's schema or annotations tell."""
+    """ "tensor", "tensor?" or "scalar" for the parameters whose kind the replacement's schema or annotations tell."""
     target = pattern.replacement
     target = target.func if isinstance(target, functools.partial) else target
     kinds: dict[str, str] = {}
@@ -260,7 +260,9 @@ class TensorProxy:
         if name in ("T", "mT"):
             return self._apply("t", (self,), {})
         if name in ("ndim", "device", "requires_grad", "is_cuda"):
-            raise PatternError(f"reads .{name}, which is not known when the pattern is traced; use check= for conditions")
+            raise PatternError(
+                f"reads .{name}, which is not known when the pattern is traced; use check= for conditions"
+            )
         return lambda *args, **kwargs: self._apply(name, (self, *args), kwargs)
 
     @property

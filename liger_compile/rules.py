@@ -102,7 +102,7 @@ def widens(x: Term) -> bool:
 @rule("to", "type")
 def _to(c: Call, x: Term, *args: Any, dtype: Any = None, device: Any = None, other: Any = None, **_: Any) -> Term:
     for a in (*args, other):
-        if isinstance(a, torch.dtype) or isinstance(a, Expr):
+        if isinstance(a, (torch.dtype, Expr)):
             dtype = a
         elif isinstance(a, Term):
             dtype = a.dtype or Expr("dtype", (a,))
@@ -379,7 +379,9 @@ def select(c: Call, x: Term, dim: int, index: Any) -> Term:
                 k, d = shape[-2:]
                 if dim == -2:  # x.view(.., k, d)[..., i, :] -> x[..., i*d:(i+1)*d]
                     return slice_(c, whole, -1, index * d, (index + 1) * d)
-                return slice_(c, whole, -1, index, (k - 1) * d + index + 1, d)  # x.view(.., k, d)[..., i] -> x[..., i::d]
+                return slice_(
+                    c, whole, -1, index, (k - 1) * d + index + 1, d
+                )  # x.view(.., k, d)[..., i] -> x[..., i::d]
     shape = None if x.shape is None else (*x.shape[:dim], *x.shape[len(x.shape) + dim + 1 :])
     return c.step("select", x, dim, index, dtype=x.dtype, shape=shape)
 

@@ -55,8 +55,8 @@ class Accuracy:
         """Every error is at most 1.05 times eager's, or that of a single rounding.
 
         The ratio of two errors estimated from n independent values scatters by 1 / sqrt(n), so three of these are
-        allowed on top. n is the number of values that matter, (sum e^2)^2 / sum e^4, but at most `rows`: errors within a
-        row share causes (the rounding of one logit's gradient reaches a whole row of the weight's). A correctly rounded
+        allowed on top. n is the number of values that matter, (sum e^2)^2 / sum e^4, but at most `rows`: errors within
+        a row share causes (the rounding of one logit's gradient reaches a whole row of the weight's). A correctly rounded
         result is off by eps / 4 on average and by eps in a single value; float32 sums in another order by a few eps.
         """
         for name, runs in self._errors.items():

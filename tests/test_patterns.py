@@ -15,7 +15,9 @@ from liger_compile.registry import patterns
 SPELLINGS = [s for p in patterns() for s in p.spellings]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-each_spelling = pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s.pattern.function.__name__}-{s.choice}")
+each_spelling = pytest.mark.parametrize(
+    "spelling", SPELLINGS, ids=lambda s: f"{s.pattern.function.__name__}-{s.choice}"
+)
 
 
 class Make:

@@ -137,7 +137,9 @@ def test_rms_norm(function, dtype):
     report = report_of(function, x, w)
     assert report.counts == {"rms_norm": 1}, report
     assert "rsqrt" not in report.graphs[0].after.code and "pow" not in report.graphs[0].after.code
-    torch.testing.assert_close(report.graphs[0].after(*ordered(report, x=x, w=w))[0], function(x, w), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(
+        report.graphs[0].after(*ordered(report, x=x, w=w))[0], function(x, w), rtol=2e-2, atol=2e-2
+    )
 
 
 def ordered(report, **values):
@@ -227,7 +229,9 @@ def test_swiglu(function, dtype):
     g, u = torch.randn(4, 6, dtype=dtype), torch.randn(4, 6, dtype=dtype)
     report = report_of(function, g, u)
     assert report.counts == {"swiglu": 1}, report
-    torch.testing.assert_close(report.graphs[0].after(*ordered(report, g=g, u=u))[0], function(g, u), rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(
+        report.graphs[0].after(*ordered(report, g=g, u=u))[0], function(g, u), rtol=3e-2, atol=3e-2
+    )
 
 
 def packed_chunk(h):
@@ -302,9 +306,9 @@ def test_geglu():
     for approximate in ("tanh", "none"):
         report = report_of(lambda g, u, a=approximate: F.gelu(g, approximate=a) * u, g, u)
         assert report.counts == {"geglu": 1}
-        assert report_of(lambda h, a=approximate: (lambda x, y: x * F.gelu(y, approximate=a))(*h.chunk(2, -1)), g).counts == {
-            "packed_geglu": 1
-        }
+        assert report_of(
+            lambda h, a=approximate: (lambda x, y: x * F.gelu(y, approximate=a))(*h.chunk(2, -1)), g
+        ).counts == {"packed_geglu": 1}
 
 
 # ---- RoPE ---------------------------------------------------------------------------------------------------------
@@ -438,7 +442,9 @@ def test_rope(function, dtype):
 
 
 def test_rope_on_one_tensor():
-    report = report_of(lambda q, cos, sin: q * cos + half(q) * sin, torch.randn(2, 4, 5, 8), torch.randn(5, 8), torch.randn(5, 8))
+    report = report_of(
+        lambda q, cos, sin: q * cos + half(q) * sin, torch.randn(2, 4, 5, 8), torch.randn(5, 8), torch.randn(5, 8)
+    )
     assert report.counts == {"rope": 1} and "rope_pair" not in report.graphs[0].after.code
 
 
@@ -656,7 +662,9 @@ NEAR_MISSES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("pattern, reason, function, args", NEAR_MISSES, ids=[f"{m[0]}-{i}" for i, m in enumerate(NEAR_MISSES)])
+@pytest.mark.parametrize(
+    "pattern, reason, function, args", NEAR_MISSES, ids=[f"{m[0]}-{i}" for i, m in enumerate(NEAR_MISSES)]
+)
 def test_near_miss(pattern, reason, function, args):
     report = report_of(function, *args)
     assert pattern not in report.counts, report

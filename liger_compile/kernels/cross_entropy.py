@@ -101,7 +101,9 @@ def _rows(
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def rows(logits: Tensor, target: Tensor, ignore_index: int, how: tuple[float, float, float, bool], gradient: bool) -> Tensor:
+def rows(
+    logits: Tensor, target: Tensor, ignore_index: int, how: tuple[float, float, float, bool], gradient: bool
+) -> Tensor:
     """The loss of each row of logits [n, V], float32; the logits become their own gradient if `gradient`.
 
     `how` is (scale, divisor, softcap, wide), the transform between the linear layer and the loss.

@@ -132,7 +132,7 @@ def _head_dim(x: Tensor, cos: Tensor) -> int | None:
 
 
 def _tokens(tensors: list[Tensor], head: int | None) -> tuple[list[int], list[tuple[int, int, int]]] | None:
-    """(batch, tokens, heads) and each tensor's strides for them; None if the leading dimensions do not reduce to these."""
+    """(batch, tokens, heads) and each tensor's strides for them; None if the leading dimensions are more than these."""
     lead = [d for d in range(tensors[0].ndim - 1) if d != head]
     sizes, strides = collapse([tensors[0].shape[d] for d in lead], *([t.stride(d) for d in lead] for t in tensors))
     if len(sizes) > 2 or any(t.stride(-1) != 1 and t.shape[-1] > 1 for t in tensors):
@@ -141,7 +141,10 @@ def _tokens(tensors: list[Tensor], head: int | None) -> tuple[list[int], list[tu
     heads = 1 if head is None else tensors[0].shape[head]
     return (
         [1] * missing + sizes + [heads],
-        [tuple([0] * missing + s + [0 if head is None else t.stride(head)]) for s, t in zip(strides, tensors, strict=True)],
+        [
+            tuple([0] * missing + s + [0 if head is None else t.stride(head)])
+            for s, t in zip(strides, tensors, strict=True)
+        ],
     )
 
 

@@ -2,8 +2,8 @@
 
 `glu(gate, up, activation="silu") -> y`: gate and up [..., I], one dtype, any strides; y has their shape and gate's
 strides, made dense.
-`packed_glu(x, activation="silu", gate_first=True) -> y`: both halves of x [..., 2I] at once, the gate first or second; y
-is [..., I], contiguous. Its backward writes the gradient of x directly, without a concatenation.
+`packed_glu(x, activation="silu", gate_first=True) -> y`: both halves of x [..., 2I] at once, the gate first or second;
+y is [..., I], contiguous. Its backward writes the gradient of x directly, without a concatenation.
 
 float32, bfloat16 or float16. The activation ("silu", "gelu" or "gelu_tanh") is computed in float32 and rounded to the
 dtype before the product, as in eager.
@@ -104,7 +104,9 @@ def _packed_backward_reference(dy: Tensor, x: Tensor, activation: str, gate_firs
     return dense_like(torch.cat((dgate, dup) if gate_first else (dup, dgate), dim=-1), x)
 
 
-glu = define('glu(Tensor gate, Tensor up, str activation="silu") -> Tensor', _reference, _fake, kernel("glu", "forward"))
+glu = define(
+    'glu(Tensor gate, Tensor up, str activation="silu") -> Tensor', _reference, _fake, kernel("glu", "forward")
+)
 glu_backward = define(
     "glu_backward(Tensor dy, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)",
     _backward_reference,

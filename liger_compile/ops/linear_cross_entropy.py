@@ -8,8 +8,8 @@ softcap=0.0, wide=False) -> loss`
     z      = softcap * tanh(z / softcap), if softcap > 0          (likewise, each step rounded as in eager)
     loss_i = log(sum_j exp(z_ij)) - z_i,target_i                  (float32)
 
-- hidden [N, H], weight [V, H], bias [V] or None: one dtype of float32, bfloat16, float16. target [N]: int64 in [0, V), or
-  `ignore_index`. loss: float32, a scalar; the mean over the rows not ignored (NaN if there are none), or the sum.
+- hidden [N, H], weight [V, H], bias [V] or None: one dtype of float32, bfloat16, float16. target [N]: int64 in
+  [0, V), or `ignore_index`. loss: float32, a scalar; the mean over the rows not ignored (NaN if there are none), or the sum.
 - Rows are taken in chunks (`chunk_rows`): one chunk's logits become their own gradient in place, and that is multiplied
   into dhidden and dweight at once, so the forward already holds the gradients and the backward only scales them. Both
   are kept in float32 and rounded once, after scaling. A gradient nobody needs is not computed.
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ._library import NAMESPACE, define, kernel, once_differentiable
+
 
 class Transform(NamedTuple):
     """What happens to the logits between the linear layer and the loss."""
@@ -54,7 +55,7 @@ def chunk_rows(n: int, vocabulary: int, itemsize: int, device: str) -> int:
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, reduction: str) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"linear_cross_entropy: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [N, H], [V, H]"
+            f"linear_cross_entropy: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}; needs [N, H], [V, H]"
         )
     if hidden.dtype != weight.dtype or (bias is not None and bias.dtype != hidden.dtype):
         raise ValueError(f"linear_cross_entropy: hidden is {hidden.dtype}, weight {weight.dtype}; they must agree")
@@ -193,7 +194,8 @@ def _cuda(*args: Any) -> tuple[Tensor, ...]:
 
 linear_cross_entropy_forward = define(
     "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index,"
-    " str reduction, float scale, float divisor, float softcap, bool wide, bool need_dhidden, bool need_dweight, bool need_dbias)"
+    " str reduction, float scale, float divisor, float softcap, bool wide,"
+    " bool need_dhidden, bool need_dweight, bool need_dbias)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _reference,
     _forward_fake,

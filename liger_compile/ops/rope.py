@@ -1,11 +1,11 @@
 """Rotary position embedding, rotate-half form: `y = x * cos + cat(-x2, x1) * sin`, x1 and x2 the halves of x.
 
 `rope(x, cos, sin, upcast=False, contiguous=False) -> y`
-`rope_pair(q, k, cos, sin, upcast=False, contiguous=False) -> (y_q, y_k)`: two tensors that share cos and sin, in one launch.
+`rope_pair(q, k, cos, sin, upcast=False, contiguous=False) -> (y_q, y_k)`: two tensors with one cos and sin, one launch.
 
 - x: [..., D], 2 to 4 dimensions, any strides, float32, bfloat16 or float16.
-- cos, sin: [..., R], one dtype, broadcast against x's leading dimensions, R even and R <= D. Where R < D only the first R
-  components are rotated, by R / 2, and the rest are passed on.
+- cos, sin: [..., R], one dtype, broadcast against x's leading dimensions, R even and R <= D. Where R < D
+  only the first R components are rotated, by R / 2, and the rest are passed on.
 - Products and their sum are rounded to the promoted dtype of x and cos (float32 if `upcast`), as in eager; y has x's
   dtype. y has x's strides, made dense, or is contiguous, as torch.cat's results are.
 - cos and sin are constants: asking for their gradient is an error. The backward rotates the other way.

@@ -1,0 +1,278 @@
+"""The Triton kernels against the ops' references: interpreted at small sizes, compiled on a GPU at real ones."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+from helpers import Accuracy, relative_error
+
+from liger_compile.ops.linear_cross_entropy import Transform
+
+pytest.importorskip("triton")
+
+INTERPRETED = not torch.cuda.is_available()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def pair(module, kernel, reference, kernel_module=None):
+    """A kernel's launcher and the reference of its op."""
+    kernels = import_module(f"liger_compile.kernels.{kernel_module or module}")
+    return getattr(kernels, kernel), getattr(import_module(f"liger_compile.ops.{module}"), reference)
+
+
+RMS = pair("rms_norm", "forward", "_reference")
+RMS_BACKWARD = pair("rms_norm", "backward", "_backward_reference")
+GLU = pair("glu", "forward", "_reference")
+GLU_BACKWARD = pair("glu", "backward", "_backward_reference")
+PACKED = pair("glu", "packed_forward", "_packed_reference")
+PACKED_BACKWARD = pair("glu", "packed_backward", "_packed_backward_reference")
+ROPE = pair("rope", "forward", "_reference")
+ROPE_PAIR = pair("rope", "pair_forward", "_pair_reference")
+ROPE_PAIR_BACKWARD = pair("rope", "pair_backward", "_pair_backward_reference")
+ROWS = pair("linear_cross_entropy", "rows", "_reference_rows", "cross_entropy")
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Fresh memory is filled with NaN, so that an element nobody writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def as_tuple(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+def compare(functions, args, scatter_rows):
+    """Kernel and reference on the same operands, and the reference in float64."""
+    kernel, reference = functions
+
+    def double(value):
+        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    accuracy = Accuracy()
+    ours, again, eager = (as_tuple(f(*args)) for f in (kernel, kernel, reference))
+    exact = as_tuple(reference(*map(double, args)))
+    for i, (o, a, e, x) in enumerate(zip(ours, again, eager, exact, strict=True)):
+        assert torch.equal(o, a), f"result {i} differs from run to run"
+        if e.numel():
+            assert o.stride() == e.stride() and not o.isnan().any(), f"result {i}"
+            if INTERPRETED and o.dtype is torch.bfloat16:  # the interpreter truncates to bfloat16 instead of rounding
+                assert relative_error(o, x) < 2e-2, f"result {i}"
+            else:
+                accuracy.add(f"result {i}", o, e, x)
+    accuracy.check(rows=scatter_rows)
+
+
+# ---- small, interpreted -------------------------------------------------------------------------------------------
+
+
+def small(dtype, *shape):
+    return torch.randn(shape, device="cpu" if INTERPRETED else "cuda").to(dtype)
+
+
+def layouts(dtype):
+    """Operands of a norm: odd widths, one row, a transposed view of heads, a slice with gaps."""
+    yield small(dtype, 5, 96)
+    yield small(dtype, 1, 33)
+    yield small(dtype, 2, 7, 3, 16).transpose(1, 2)
+    yield small(dtype, 2, 3, 64)[..., :33]
+
+
+@pytest.mark.parametrize("rounding", ["normed", "result", "factor"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm(dtype, rounding):
+    for x in layouts(dtype):
+        weight = small(dtype, x.shape[-1])
+        for w, offset in ((weight, 0.0), (weight.float(), 1.0), (None, 0.0)):
+            compare(RMS, (x, w, 1e-6, offset, rounding), scatter_rows=1)
+            dy = small(
+                torch.float32 if w is not None and w.dtype is torch.float32 and rounding != "result" else dtype,
+                *x.shape,
+            )
+            compare(RMS_BACKWARD, (dy, x, w, 1e-6, offset, rounding, w is not None), scatter_rows=1)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_glu(dtype, activation):
+    whole = small(dtype, 4, 6, 66)
+    for gate, up in (
+        (small(dtype, 4, 33), small(dtype, 4, 33)),
+        whole.chunk(2, -1),
+        (whole.transpose(0, 1), whole.transpose(0, 1)),
+    ):
+        compare(GLU, (gate, up, activation), scatter_rows=1)
+        compare(GLU_BACKWARD, (small(dtype, *gate.shape), gate, up, activation), scatter_rows=1)
+    for gate_first in (True, False):
+        compare(PACKED, (whole, activation, gate_first), scatter_rows=1)
+        compare(PACKED_BACKWARD, (small(dtype, 4, 6, 33), whole, activation, gate_first), scatter_rows=1)
+
+
+@pytest.mark.parametrize("upcast", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rope(dtype, upcast):
+    heads = small(dtype, 2, 5, 3, 16).transpose(1, 2), small(dtype, 2, 5, 1, 16).transpose(1, 2)
+    cases = [
+        (*heads, small(dtype, 1, 1, 5, 16)),
+        (*heads, small(dtype, 2, 1, 5, 6)),
+        (*heads, small(torch.float32, 5, 16)),
+        (small(dtype, 2, 3, 5, 16), small(dtype, 2, 3, 5, 16), small(dtype, 2, 3, 5, 16)),
+        (small(dtype, 2, 5, 3, 20), small(dtype, 2, 5, 2, 20), small(dtype, 2, 5, 1, 12)),
+        (small(dtype, 7, 16), small(dtype, 7, 16), small(dtype, 7, 16)),
+    ]
+    dense = import_module("liger_compile.ops.rope")._dense_strides
+    for q, k, cos in cases:
+        sin = torch.randn_like(cos)
+        for contiguous in (False, True):
+            compare(ROPE_PAIR, (q, k, cos, sin, upcast, contiguous), scatter_rows=1)
+            compare(ROPE, (q, cos, sin, upcast, contiguous), scatter_rows=1)
+        gradients = small(dtype, *q.shape), small(dtype, *k.shape)
+        compare(ROPE_PAIR_BACKWARD, (*gradients, cos, sin, dense(q), dense(k), upcast), scatter_rows=1)
+
+
+TRANSFORMS = [
+    Transform(),
+    Transform(scale=0.25),
+    Transform(divisor=3.0),
+    Transform(softcap=2.0),
+    Transform(scale=0.5, divisor=3.0, softcap=2.0, wide=True),
+]
+
+
+@pytest.mark.parametrize("how", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross_entropy_rows(dtype, how):
+    logits = small(dtype, 7, 300) * 3
+    target = torch.randint(0, 300, (7,), device=logits.device)
+    target[2] = -100
+
+    def losses_and_gradient(function):
+        def run(logits, target):
+            mine = logits.clone()
+            losses = function(mine, target, -100, how, True)
+            assert torch.equal(losses, function(logits.clone(), target, -100, how, False))
+            return losses, mine
+
+        return run
+
+    compare(tuple(map(losses_and_gradient, ROWS)), (logits, target), scatter_rows=1)
+
+
+def test_cross_entropy_target_outside_the_vocabulary_is_not_read():
+    losses = ROWS[0](
+        small(torch.float32, 2, 10),
+        torch.tensor([3, 10], device=small(torch.float32, 1).device),
+        -100,
+        Transform(),
+        False,
+    )
+    assert losses[0].isfinite() and losses[1].isnan()
+
+
+def test_infinite_logits():
+    logits = small(torch.float32, 2, 10)
+    logits[0, 3:] = float("-inf")
+    target = torch.tensor([0, 1], device=logits.device)
+    expected = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    torch.testing.assert_close(ROWS[0](logits.clone(), target, -100, Transform(), True), expected)
+
+
+# ---- real sizes, on a GPU -----------------------------------------------------------------------------------------
+
+gpu = pytest.mark.gpu
+HALF = [torch.bfloat16, torch.float16]
+
+
+def real(dtype, *shape):
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+@gpu
+@pytest.mark.parametrize(
+    "rows, width", [(16384, 4096), (16384, 1024), (65536, 128), (2048, 16384), (4095, 5119), (300, 65536)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm_at_size(dtype, rows, width):
+    x, w, dy = real(dtype, rows, width), real(dtype, width), real(dtype, rows, width)
+    for rounding, offset in (("normed", 0.0), ("result", 1.0)):
+        compare(RMS, (x, w, 1e-6, offset, rounding), rows)
+        compare(RMS_BACKWARD, (dy, x, w, 1e-6, offset, rounding, True), rows)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_rms_norm_of_heads_at_size(dtype):
+    x = real(dtype, 8, 2048, 16, 128).transpose(1, 2)
+    compare(RMS, (x, real(dtype, 128), 1e-6, 0.0, "normed"), 10**5)
+    compare(RMS_BACKWARD, (real(dtype, *x.shape), x, real(dtype, 128), 1e-6, 0.0, "normed", True), 10**5)
+
+
+@gpu
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_glu_at_size(dtype, activation):
+    x = real(dtype, 8192, 2 * 14336 // 4 + 2)
+    gate, up = x.chunk(2, -1)
+    compare(GLU, (gate.contiguous(), up.contiguous(), activation), 8192)
+    compare(GLU_BACKWARD, (real(dtype, *gate.shape), gate.contiguous(), up, activation), 8192)
+    compare(PACKED, (x, activation, True), 8192)
+    compare(PACKED_BACKWARD, (real(dtype, *gate.shape), x, activation, False), 8192)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    "heads, kv_heads, width, rotated", [(32, 8, 128, 128), (16, 8, 128, 128), (8, 4, 256, 256), (64, 1, 80, 32)]
+)
+def test_rope_at_size(dtype, heads, kv_heads, width, rotated):
+    q, k = real(dtype, 2, 4096, heads, width).transpose(1, 2), real(dtype, 2, 4096, kv_heads, width).transpose(1, 2)
+    cos, sin = real(dtype, 1, 1, 4096, rotated), real(dtype, 1, 1, 4096, rotated)
+    dense = import_module("liger_compile.ops.rope")._dense_strides
+    compare(ROPE_PAIR, (q, k, cos, sin, False, rotated < width), 8192)
+    gradients = real(dtype, *q.shape), real(dtype, *k.shape)
+    compare(ROPE_PAIR_BACKWARD, (*gradients, cos, sin, dense(q), dense(k), False), 8192)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocabulary, peak", [(128256, 1.0), (151936, 8.0), (32003, 3.0), (50257, 20.0)])
+def test_cross_entropy_rows_at_size(dtype, vocabulary, peak):
+    logits = real(dtype, 512, vocabulary) * peak
+    target = torch.randint(0, vocabulary, (512,), device="cuda")
+    target[::3] = -100
+
+    def run_with(function):
+        def run(logits, target):
+            mine = logits.clone()
+            return function(mine, target, -100, Transform(), True), mine
+
+        return run
+
+    compare(tuple(map(run_with, ROWS)), (logits, target), 340)
+
+
+@gpu
+def test_more_than_two_to_the_31_elements():
+    n = 2**31 // 4096 + 8
+    x = torch.randn(n, 4096, device="cuda", dtype=torch.bfloat16)
+    tail = slice(n - 16, n)
+    compare_tail = lambda y, expected: torch.testing.assert_close(y[tail], expected, rtol=2e-2, atol=2e-2)  # noqa: E731
+    w = real(torch.bfloat16, 4096)
+    compare_tail(RMS[0](x, w, 1e-6), RMS[1](x[tail], w, 1e-6))
+    compare_tail(GLU[0](x, x), GLU[1](x[tail], x[tail]))
+    compare_tail(GLU_BACKWARD[0](x, x, x, "silu")[1], GLU_BACKWARD[1](x[tail], x[tail], x[tail], "silu")[1])
+    dx, _ = RMS_BACKWARD[0](x, x, w, 1e-6, 0.0, "normed", True)
+    compare_tail(dx, RMS_BACKWARD[1](x[tail], x[tail], w, 1e-6, 0.0, "normed", True)[0])
+    del dx
+    cos = real(torch.bfloat16, n, 128)
+    heads = x.view(n, 32, 128)
+    y = ROPE[0](heads, cos[:, None], cos[:, None])
+    compare_tail(y, ROPE[1](heads[tail], cos[tail, None], cos[tail, None]))
+    del y
+    target = torch.randint(0, 4096, (n,), device="cuda")
+    expected = ROWS[1](x[tail].clone(), target[tail], -100, Transform(), False)
+    torch.testing.assert_close(ROWS[0](x, target, -100, Transform(), True)[tail], expected, rtol=1e-3, atol=1e-3)
