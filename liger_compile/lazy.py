@@ -185,10 +185,10 @@ class LazyTensor(torch.Tensor):
 
 
 _METADATA = frozenset(
-    ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "names", "itemsize", "nbytes")
-    + ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn", "is_xpu")
-    + ("dim", "ndimension", "size", "stride", "numel", "nelement", "element_size", "storage_offset", "get_device")
-    + ("is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_inference", "__len__", "__hash__")
+    """shape dtype device ndim layout requires_grad is_leaf names itemsize nbytes is_cuda is_cpu is_meta is_sparse
+    is_sparse_csr is_quantized is_nested is_mkldnn is_xpu dim ndimension size stride numel nelement element_size
+    storage_offset get_device is_floating_point is_complex is_signed is_contiguous is_inference __len__
+    __hash__""".split()  # noqa: SIM905
 )
 _CASTS = frozenset(("to", "float", "half", "bfloat16", "double", "type", "type_as"))
 _STILL_LAZY = frozenset((torch.ops.aten._to_copy.default, torch.ops.aten.detach.default))
@@ -226,7 +226,9 @@ def defer(root: fx.GraphModule, site: Site, moved: dict[fx.Node, fx.Node]) -> No
 
     `moved` maps nodes that earlier rewrites have replaced to what stands in their place.
     """
-    ends = {moved.get(n, n) for n in sources(site.match)}
+    view = site.match.view
+    read = sources(site.match)
+    ends = {moved.get(n, n) for n in read} | {n for n, term in view.of.items() if term in set(read.values())}
     for node in site.deferred:
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}

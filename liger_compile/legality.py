@@ -156,7 +156,7 @@ def _check_mutation(site: Site) -> None:
 
 
 def _check_other_users(site: Site, defer: bool) -> tuple[fx.Node, ...]:
-    """Intermediate results must not be needed elsewhere; if `defer`, returns those that only the graph's caller sees."""
+    """Intermediate results must not be needed elsewhere. Returns those that only the caller sees, if `defer`."""
     inside = {*site.outputs, *site.interior}
     free: set[fx.Node] = set()
     returned = []

@@ -31,8 +31,8 @@ Examples = Callable[[Any, int], Iterable[dict[str, Any]]]
 class Pattern:
     """What to look for, what to put in its place, and when not to.
 
-    `replacement` is called with the captured operands by the names of `function`'s parameters and returns what `function`
-    returns. `check` is given the match and returns None, or the reason to leave the graph alone.
+    `replacement` is called with the captured operands by the names of `function`'s parameters and returns what
+    `function` returns. `check` is given the match and returns None, or the reason to leave the graph alone.
     """
 
     name: str

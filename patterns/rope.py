@@ -15,14 +15,15 @@ def rotate_half(x):
     return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
 
 
-def rotate(x, cos, sin, upcast):
+def rotate(x, cos, sin, upcast, promote):
     h = x.float() if upcast else x
-    return (h * cos + rotate_half(h) * sin).to(x.dtype)
+    y = h * cos + rotate_half(h) * sin
+    return y if promote else y.to(x.dtype)
 
 
 def rotate_part(x, cos, sin, upcast):
     width = cos.shape[-1]
-    return torch.cat((rotate(x[..., :width], cos, sin, upcast), x[..., width:]), dim=-1)
+    return torch.cat((rotate(x[..., :width], cos, sin, upcast, False), x[..., width:]), dim=-1)
 
 
 def check(match: Match) -> str | None:
@@ -45,13 +46,13 @@ def examples(make, rows):
 
 
 @pattern(replace=ops.rope_pair, check=check, name="rope", examples=examples)
-def rope_pair(q, k, cos, sin, *, upcast: Literal[False, True]):
-    return rotate(q, cos, sin, upcast), rotate(k, cos, sin, upcast)
+def rope_pair(q, k, cos, sin, *, upcast: Literal[False, True], promote: Literal[False, True]):
+    return rotate(q, cos, sin, upcast, promote), rotate(k, cos, sin, upcast, promote)
 
 
 @pattern(replace=ops.rope, check=check, examples=examples)
-def rope(x, cos, sin, *, upcast: Literal[False, True]):
-    return rotate(x, cos, sin, upcast)
+def rope(x, cos, sin, *, upcast: Literal[False, True], promote: Literal[False, True]):
+    return rotate(x, cos, sin, upcast, promote)
 
 
 @pattern(replace=partial(ops.rope_pair, contiguous=True), check=check, name="rope", examples=examples)

@@ -51,6 +51,8 @@ def compare(functions, args, scatter_rows):
     kernel, reference = functions
 
     def double(value):
+        if isinstance(value, torch.dtype):
+            return torch.float64
         return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
     accuracy = Accuracy()
@@ -112,9 +114,9 @@ def test_glu(dtype, activation):
         compare(PACKED_BACKWARD, (small(dtype, 4, 6, 33), whole, activation, gate_first), scatter_rows=1)
 
 
-@pytest.mark.parametrize("upcast", [False, True])
+@pytest.mark.parametrize("upcast, promote", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rope(dtype, upcast):
+def test_rope(dtype, upcast, promote):
     heads = small(dtype, 2, 5, 3, 16).transpose(1, 2), small(dtype, 2, 5, 1, 16).transpose(1, 2)
     cases = [
         (*heads, small(dtype, 1, 1, 5, 16)),
@@ -128,10 +130,10 @@ def test_rope(dtype, upcast):
     for q, k, cos in cases:
         sin = torch.randn_like(cos)
         for contiguous in (False, True):
-            compare(ROPE_PAIR, (q, k, cos, sin, upcast, contiguous), scatter_rows=1)
-            compare(ROPE, (q, cos, sin, upcast, contiguous), scatter_rows=1)
-        gradients = small(dtype, *q.shape), small(dtype, *k.shape)
-        compare(ROPE_PAIR_BACKWARD, (*gradients, cos, sin, dense(q), dense(k), upcast), scatter_rows=1)
+            compare(ROPE_PAIR, (q, k, cos, sin, upcast, promote, contiguous), scatter_rows=1)
+            compare(ROPE, (q, cos, sin, upcast, promote, contiguous), scatter_rows=1)
+        gradients = small(torch.float32 if promote else dtype, *q.shape), small(dtype, *k.shape)
+        compare(ROPE_PAIR_BACKWARD, (*gradients, cos, sin, dense(q), dense(k), dtype, upcast), scatter_rows=1)
 
 
 TRANSFORMS = [
@@ -232,9 +234,9 @@ def test_rope_at_size(dtype, heads, kv_heads, width, rotated):
     q, k = real(dtype, 2, 4096, heads, width).transpose(1, 2), real(dtype, 2, 4096, kv_heads, width).transpose(1, 2)
     cos, sin = real(dtype, 1, 1, 4096, rotated), real(dtype, 1, 1, 4096, rotated)
     dense = import_module("liger_compile.ops.rope")._dense_strides
-    compare(ROPE_PAIR, (q, k, cos, sin, False, rotated < width), 8192)
+    compare(ROPE_PAIR, (q, k, cos, sin, False, False, rotated < width), 8192)
     gradients = real(dtype, *q.shape), real(dtype, *k.shape)
-    compare(ROPE_PAIR_BACKWARD, (*gradients, cos, sin, dense(q), dense(k), False), 8192)
+    compare(ROPE_PAIR_BACKWARD, (*gradients, cos, sin, dense(q), dense(k), dtype, False), 8192)
 
 
 @gpu

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.rope import empty, work_dtype
 from .layout import collapse
 
 TILE = 4096
@@ -53,7 +52,7 @@ def _rotate_heads(
         j = 2 * half + tl.arange(0, BLOCK_REST)
         rest = (heads < n_heads)[:, None] & (j < width)[None, :]
         passed = tl.load(x_ptr + heads[:, None] * x_head + j[None, :], mask=rest, other=0.0)
-        tl.store(y_ptr + heads[:, None] * y_head + j[None, :], passed, mask=rest)
+        tl.store(y_ptr + heads[:, None] * y_head + j[None, :], passed.to(y_ptr.dtype.element_ty), mask=rest)
 
 
 @triton.jit
@@ -118,13 +117,6 @@ def _rope(
         )
 
 
-class _Tokens(NamedTuple):
-    """A tensor addressed as [batch, token, head, component]."""
-
-    sizes: tuple[int, int, int]
-    strides: tuple[int, int, int]
-
-
 def _head_dim(x: Tensor, cos: Tensor) -> int | None:
     """The leading dimension that shares its cos: of several, the one closest together in memory."""
     shared = [d for d in range(x.ndim - 1) if cos.stride(d) == 0 or x.shape[d] == 1]
@@ -166,7 +158,7 @@ def _launch(q: Tensor, k: Tensor | None, yq: Tensor, yk: Tensor | None, cos: Ten
                 _launch(x, None, y, None, cos, sin, work, forward)
                 continue
             flat = [t.reshape(-1, t.shape[-1]).contiguous() for t in (x, c, s)]
-            out = x.new_empty(flat[0].shape)
+            out = y.new_empty(flat[0].shape)
             _launch(flat[0], None, out, None, flat[1], flat[2], work, forward)
             y.copy_(out.view(y.shape))
         return
@@ -210,37 +202,45 @@ def _launch(q: Tensor, k: Tensor | None, yq: Tensor, yk: Tensor | None, cos: Ten
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def _work(x: Tensor, cos: Tensor, upcast: bool) -> torch.dtype:
-    return torch.float32 if upcast else torch.promote_types(x.dtype, cos.dtype)
-
-
-def _empty(x: Tensor, contiguous: bool) -> Tensor:
-    return x.new_empty(x.shape) if contiguous else torch.empty_like(x)
-
-
-def forward(x: Tensor, cos: Tensor, sin: Tensor, upcast: bool = False, contiguous: bool = False) -> Tensor:
-    y = _empty(x, contiguous)
-    _launch(x, None, y, None, cos, sin, _work(x, cos, upcast), True)
+def forward(
+    x: Tensor, cos: Tensor, sin: Tensor, upcast: bool = False, promote: bool = False, contiguous: bool = False
+) -> Tensor:
+    y = empty(x, cos, upcast, promote, contiguous)
+    _launch(x, None, y, None, cos, sin, work_dtype(x.dtype, cos, upcast), True)
     return y
 
 
 def pair_forward(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, upcast: bool = False, contiguous: bool = False
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    upcast: bool = False,
+    promote: bool = False,
+    contiguous: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    yq, yk = _empty(q, contiguous), _empty(k, contiguous)
-    _launch(q, k, yq, yk, cos, sin, _work(q, cos, upcast), True)
+    yq, yk = (empty(x, cos, upcast, promote, contiguous) for x in (q, k))
+    _launch(q, k, yq, yk, cos, sin, work_dtype(q.dtype, cos, upcast), True)
     return yq, yk
 
 
-def backward(dy: Tensor, cos: Tensor, sin: Tensor, strides: list[int], upcast: bool) -> Tensor:
-    dx = dy.new_empty_strided(dy.shape, strides)
-    _launch(dy, None, dx, None, cos, sin, _work(dy, cos, upcast), False)
+def backward(dy: Tensor, cos: Tensor, sin: Tensor, strides: list[int], dtype: torch.dtype, upcast: bool) -> Tensor:
+    dx = dy.new_empty_strided(dy.shape, strides, dtype=dtype)
+    _launch(dy, None, dx, None, cos, sin, work_dtype(dtype, cos, upcast), False)
     return dx
 
 
 def pair_backward(
-    dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, q_strides: list[int], k_strides: list[int], upcast: bool
+    dq: Tensor,
+    dk: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_strides: list[int],
+    k_strides: list[int],
+    dtype: torch.dtype,
+    upcast: bool,
 ) -> tuple[Tensor, Tensor]:
-    xq, xk = dq.new_empty_strided(dq.shape, q_strides), dk.new_empty_strided(dk.shape, k_strides)
-    _launch(dq, dk, xq, xk, cos, sin, _work(dq, cos, upcast), False)
+    xq = dq.new_empty_strided(dq.shape, q_strides, dtype=dtype)
+    xk = dk.new_empty_strided(dk.shape, k_strides, dtype=dtype)
+    _launch(dq, dk, xq, xk, cos, sin, work_dtype(dtype, cos, upcast), False)
     return xq, xk

@@ -9,7 +9,7 @@ softcap=0.0, wide=False) -> loss`
     loss_i = log(sum_j exp(z_ij)) - z_i,target_i                  (float32)
 
 - hidden [N, H], weight [V, H], bias [V] or None: one dtype of float32, bfloat16, float16. target [N]: int64 in
-  [0, V), or `ignore_index`. loss: float32, a scalar; the mean over the rows not ignored (NaN if there are none), or the sum.
+  [0, V), or `ignore_index`. loss: a float32 scalar, the mean over the rows not ignored (NaN if none), or the sum.
 - Rows are taken in chunks (`chunk_rows`): one chunk's logits become their own gradient in place, and that is multiplied
   into dhidden and dweight at once, so the forward already holds the gradients and the backward only scales them. Both
   are kept in float32 and rounded once, after scaling. A gradient nobody needs is not computed.
