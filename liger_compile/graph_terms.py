@@ -235,10 +235,10 @@ def _written_arguments(node: fx.Node) -> Iterator[Any]:
         foreign = not getattr(target, "__module__", "torch").startswith(("torch", "_operator", "builtins"))
         if foreign or "mutation" in name:
             yield from node.all_input_nodes
-    elif trailing or node.kwargs.get("inplace") is True:
-        yield first
-    elif name in _INPLACE_FLAG and True in node.args[_INPLACE_FLAG[name] :][:1]:
-        yield first
+    else:
+        flag = node.args[_INPLACE_FLAG[name]] if len(node.args) > _INPLACE_FLAG.get(name, 99) else False
+        if trailing or node.kwargs.get("inplace", flag) is True:
+            yield first
 
 
 _INPLACE_FLAG = {"silu": 1, "relu": 1, "mish": 1, "dropout": 3, "leaky_relu": 2, "elu": 2, "hardtanh": 3}

@@ -57,7 +57,8 @@ class Accuracy:
         The ratio of two errors estimated from n independent values scatters by 1 / sqrt(n), so three of these are
         allowed on top. n is the number of values that matter, (sum e^2)^2 / sum e^4, but at most `rows`: errors within
         a row share causes (the rounding of one logit's gradient reaches a whole row of the weight's). A correctly
-        rounded result is off by eps / 4 on average and by eps in a single value; float32 sums in another order by a few eps.
+        rounded result is off by eps / 4 on average and by eps in a single value; float32 sums in another order by a
+        few eps.
         """
         for name, runs in self._errors.items():
             ours, theirs, exact = (torch.cat(values) for values in zip(*runs, strict=True))

@@ -1,0 +1,106 @@
+"""What every benchmark shares: the environment it ran in, timing, memory, results as JSON."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import statistics
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict[str, Any]:
+    """Date, GPU, versions and commit: what a figure means nothing without."""
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    root = Path(__file__).parent.parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=root)
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "commit": commit.stdout.strip() or (root / "COMMIT").read_text().strip(),
+        **{name: installed(name) for name in ("torch", "triton", "transformers", "liger-kernel")},
+        **ceilings(),
+    }
+
+
+def ceilings() -> dict[str, float]:
+    """What this device can do: a large copy, bytes read plus written, and a large bfloat16 matrix product."""
+    if not torch.cuda.is_available():
+        return {}
+    source = torch.randn(2**29, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    copy = median_ms(lambda: target.copy_(source), repeats=10)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = median_ms(lambda: a @ b, repeats=10)
+    return {
+        "copy_TB_per_s": round(2 * source.nbytes / copy / 1e9, 2),
+        "bf16_matmul_TFLOP_per_s": round(2 * 8192**3 / product / 1e9),
+    }
+
+
+def median_ms(function: Callable[[], Any], repeats: int = 20, warmup: int = 3) -> float:
+    return interleaved({"": function}, repeats, warmup)[""]
+
+
+def interleaved(functions: dict[str, Callable[[], Any]], repeats: int = 20, warmup: int = 3) -> dict[str, float]:
+    """Median milliseconds on the device of each function, taking turns, so that a drifting clock meets all alike."""
+    for function in functions.values():
+        for _ in range(warmup):
+            function()
+    torch.cuda.synchronize()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            function()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def peak_gib(function: Callable[[], Any], base: int) -> float:
+    """The most memory allocated during a call, less `base` bytes that belong to others."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - base) / 2**30
+
+
+def save(name: str, results: Any, folder: Path | None = None) -> Path:
+    folder = folder or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
+    return path
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table."""
+    names = list(rows[0])
+    cells = [names, *[[_cell(r[n]) for n in names] for r in rows]]
+    widths = [max(len(c[i]) for c in cells) for i in range(len(names))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)

@@ -1,0 +1,180 @@
+"""Whole training steps, forward and backward, of model shapes that people train.
+
+    python -m bench.models [llama] [qwen3] [--out FOLDER]
+
+Eager, Inductor, Liger-Kernel and liger_compile in one process, timed in turns; each with the whole model
+(`torch.compile(model)`, which returns logits) and, compiled, with a step that returns the loss alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from . import common
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "title": "Llama-3-8B shape, 4 layers, 2 x 4096 tokens",
+        "config": LlamaConfig(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=4,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=128256,
+            max_position_embeddings=8192,
+            rope_theta=500000.0,
+            use_cache=False,
+        ),
+        "rows": 2,
+        "length": 4096,
+    },
+    "qwen3": {
+        "title": "Qwen3-0.6B shape, 28 layers, 8 x 2048 tokens",
+        "config": Qwen3Config(
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=151936,
+            max_position_embeddings=8192,
+            tie_word_embeddings=True,
+            use_cache=False,
+        ),
+        "rows": 8,
+        "length": 2048,
+    },
+    "tiny": {
+        "title": "a shape to try the benchmark with",
+        "config": LlamaConfig(
+            hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=1024
+        ),
+        "rows": 2,
+        "length": 128,
+    },
+}
+
+
+def make(config: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+
+
+class changes_kept(contextlib.AbstractContextManager):
+    """Liger-Kernel replaces functions of the modeling module for the whole process. This notes what changes in its
+    `with` block and undoes it at the end, so that the other contenders stay what they are; entering again brings the
+    changes back for as long as the block lasts."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.space = vars(sys.modules[type(model).__module__])
+        self.changed: dict[str, Any] | None = None
+
+    def __enter__(self) -> changes_kept:
+        self.original = dict(self.space)
+        self.space.update(self.changed or {})
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.changed is None:
+            self.changed = {k: v for k, v in self.space.items() if self.original.get(k) is not v}
+        self.space.update({k: v for k, v in self.original.items() if k in self.changed})
+
+
+def contenders(config: Any, modes: list[str]) -> dict[str, Callable[[], tuple[torch.nn.Module, Callable[..., Any]]]]:
+    """Name to a function that makes (the model, what is called each step)."""
+
+    def eager() -> tuple[Any, Any]:
+        model = make(config)
+        return model, model
+
+    def compiled(backend: str, whole: bool) -> tuple[Any, Any]:
+        model = make(config)
+        if whole:
+            return model, torch.compile(model, backend=backend)
+        return model, torch.compile(lambda **batch: model(**batch).loss, backend=backend)
+
+    def liger_kernel() -> tuple[Any, Any]:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        model = make(config)
+        with changes_kept(model) as changed:
+            _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=True)
+
+        def call(**batch: Any) -> Any:
+            with changed:
+                return model(**batch)
+
+        return model, call
+
+    made: dict[str, Any] = {"eager": eager, "Liger-Kernel": liger_kernel}
+    for mode in modes:
+        for name, backend in (("Inductor", "inductor"), ("liger_compile", "liger")):
+            whole = mode == "model"
+            made[f"{name}, {mode}"] = lambda backend=backend, whole=whole: compiled(backend, whole)
+    return made
+
+
+def run(case: dict[str, Any], modes: list[str], repeats: int) -> list[dict[str, Any]]:
+    torch._dynamo.reset()
+    generator = torch.Generator("cuda").manual_seed(0)
+    config = case["config"]
+    ids = torch.randint(config.vocab_size, (case["rows"], case["length"]), device="cuda", generator=generator)
+    steps: dict[str, Callable[[], Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for name, build in contenders(config, modes).items():
+        base = torch.cuda.memory_allocated()
+        model, call = build()
+
+        def step(model: Any = model, call: Any = call) -> float:
+            out = call(input_ids=ids, labels=ids)
+            loss = out if isinstance(out, torch.Tensor) else out.loss
+            loss.backward()
+            model.zero_grad(set_to_none=True)
+            return loss.detach()
+
+        start = time.perf_counter()
+        loss = float(step())
+        first = time.perf_counter() - start
+        step()
+        results[name] = {
+            "contender": name,
+            "ms": 0.0,
+            "peak GiB": common.peak_gib(step, base),
+            "first step s": first,
+            "loss": loss,
+        }
+        steps[name] = step
+        print(name, results[name], flush=True)
+    for name, ms in common.interleaved(steps, repeats).items():
+        results[name]["ms"] = ms
+    return list(results.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=["llama", "qwen3"], choices=list(CASES))
+    parser.add_argument("--modes", nargs="*", default=["model", "loss"], choices=["model", "loss"])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=None)
+    arguments = parser.parse_args()
+    for name in arguments.cases:
+        case = CASES[name]
+        rows = run(case, arguments.modes, arguments.repeats)
+        path = common.save(f"models-{name}", {"title": case["title"], "rows": rows}, arguments.out)
+        print(f"\n{case['title']}\n\n{common.table(rows)}\n\n{path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Each op against Inductor's own kernels and Liger-Kernel's for the same maths, forward and forward + backward.
+
+    python -m bench.ops [--out FOLDER]
+
+Kernels are timed in CUDA graphs, without host time. The floor is the bytes that must move over the rate of a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+
+from liger_compile import ops
+
+from . import common
+
+TOKENS = 16384
+
+
+def norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    h = x.float()
+    return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def cases() -> dict[str, dict[str, Any]]:
+    """Name to the plain function, ours, Liger-Kernel's, the operands, and the bytes of (forward, backward)."""
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
+
+    made: dict[str, dict[str, Any]] = {}
+    for rows, width in ((TOKENS, 4096), (TOKENS, 1024), (TOKENS * 16, 128), (2048, 16384)):
+        made[f"RMSNorm {rows} x {width}"] = {
+            "plain": norm,
+            "ours": lambda x, w: ops.rms_norm(x, w, 1e-6),
+            "liger": _liger("LigerRMSNormFunction", lambda f: lambda x, w: f.apply(x, w, 1e-6)),
+            "operands": (tensor(rows, width), tensor(width)),
+            "bytes": (4 * rows * width, 6 * rows * width),
+        }
+    for width in (14336, 3072):
+        made[f"SwiGLU {TOKENS} x {width}"] = {
+            "plain": lambda g, u: F.silu(g) * u,
+            "ours": lambda g, u: ops.glu(g, u),
+            "liger": _liger("LigerSiLUMulFunction", lambda f: lambda g, u: f.apply(g, u)),
+            "operands": (tensor(TOKENS, width), tensor(TOKENS, width)),
+            "bytes": (6 * TOKENS * width, 10 * TOKENS * width),
+        }
+    for heads, kv_heads, batch, length in ((32, 8, 2, 8192), (16, 8, 8, 2048)):
+        operands = tuple(
+            tensor(batch, length, h, 128).detach().transpose(1, 2).requires_grad_() for h in (heads, kv_heads)
+        )
+        cos, sin = tensor(1, 1, length, 128).detach(), tensor(1, 1, length, 128).detach()
+        size = sum(x.numel() for x in operands)
+        made[f"RoPE {batch} x {length}, {heads} + {kv_heads} heads of 128"] = {
+            "plain": lambda q, k, cos=cos, sin=sin: rotate(q, k, cos, sin),
+            "ours": lambda q, k, cos=cos, sin=sin: ops.rope_pair(q, k, cos, sin),
+            "liger": _liger(
+                "LigerRopeFunction", lambda f, cos=cos, sin=sin: lambda q, k: f.apply(q, k, cos[0], sin[0])
+            ),
+            "operands": operands,
+            "bytes": (4 * size, 4 * size),
+        }
+    return made
+
+
+def _liger(name: str, use: Callable[[Any], Callable[..., Any]]) -> Callable[..., Any] | None:
+    try:
+        from liger_kernel import ops as liger_ops
+    except ImportError:
+        return None
+    return use(getattr(liger_ops, name))
+
+
+def measure(function: Callable[..., Any], operands: tuple[torch.Tensor, ...]) -> tuple[float, float]:
+    """Milliseconds of the forward, and of forward and backward."""
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return function(*operands)
+
+    results = function(*operands)
+    results = results if isinstance(results, tuple) else (results,)
+    incoming = [torch.randn_like(r) for r in results]
+
+    def both() -> Any:
+        made = function(*operands)
+        return torch.autograd.grad(made if isinstance(made, tuple) else (made,), operands, incoming)
+
+    bench = triton.testing.do_bench_cudagraph
+    return bench(forward, rep=40, return_mode="median"), bench(both, rep=60, return_mode="median")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=None)
+    arguments = parser.parse_args()
+    rate = common.ceilings()["copy_TB_per_s"] * 1e9
+    rows = []
+    for name, case in cases().items():
+        torch._dynamo.reset()
+        ways = {"Inductor": torch.compile(case["plain"]), "Liger-Kernel": case["liger"], "liger_compile": case["ours"]}
+        floor = tuple(sum(case["bytes"][: i + 1]) / rate for i in range(2))
+        row: dict[str, Any] = {"op": name}
+        for i, part in enumerate(("forward", "forward + backward")):
+            row[f"{part}: floor ms"] = floor[i]
+        for way, function in ways.items():
+            times = measure(function, case["operands"]) if function is not None else (None, None)
+            for part, time in zip(("forward", "forward + backward"), times, strict=True):
+                row[f"{part}: {way} ms"] = time
+        rows.append(row)
+        print(row, flush=True)
+    for part in ("forward", "forward + backward"):
+        print(
+            f"\n{part}\n\n"
+            + common.table(
+                [
+                    {k.replace(f"{part}: ", ""): v for k, v in r.items() if k == "op" or k.startswith(f"{part}:")}
+                    for r in rows
+                ]
+            )
+        )
+    print(common.save("ops", rows, arguments.out))
+
+
+if __name__ == "__main__":
+    main()
