@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def products(h: torch.Tensor, w: torch.Tensor) -> Callable[[], Any]:
     n, v = h.shape[0], w.shape[0]
     rows = min(n, 2**31 // v // 2)
     logits = torch.randn(rows, v, device="cuda", dtype=h.dtype)
+    h, w = h.detach(), w.detach()
 
     def run() -> None:
         for start in range(0, n, rows):
@@ -63,9 +65,6 @@ def contenders(h: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> dict[str, C
         pass
     compiled = torch.compile(plain, backend="liger")
     made["liger_compile"] = backward(compiled)
-    from importlib import import_module
-
-    from liger_compile.ops import linear_cross_entropy as _  # noqa: F401
 
     module = import_module("liger_compile.ops.linear_cross_entropy")
     default = dict(module.CHUNK_BYTES)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,26 +118,33 @@ def test_glu(dtype, activation):
         compare(PACKED_BACKWARD, (small(dtype, 4, 6, 33), whole, activation, gate_first), scatter_rows=1)
 
 
-@pytest.mark.parametrize("upcast, promote", [(False, False), (True, False), (False, True)])
+ROPES = {
+    "transposed heads": ((2, 5, 3, 16), (2, 5, 1, 16), (1, 1, 5, 16)),
+    "a part": ((2, 5, 3, 16), (2, 5, 1, 16), (2, 1, 5, 6)),
+    "tokens before heads": ((2, 5, 3, 20), (2, 5, 2, 20), (2, 5, 1, 12)),
+    "angles of their own": ((2, 3, 5, 16), (2, 3, 5, 16), (2, 3, 5, 16)),
+    "rows": ((7, 16), (7, 16), (7, 16)),
+}
+
+
+@pytest.mark.parametrize("layout", ROPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rope(dtype, upcast, promote):
-    heads = small(dtype, 2, 5, 3, 16).transpose(1, 2), small(dtype, 2, 5, 1, 16).transpose(1, 2)
-    cases = [
-        (*heads, small(dtype, 1, 1, 5, 16)),
-        (*heads, small(dtype, 2, 1, 5, 6)),
-        (*heads, small(torch.float32, 5, 16)),
-        (small(dtype, 2, 3, 5, 16), small(dtype, 2, 3, 5, 16), small(dtype, 2, 3, 5, 16)),
-        (small(dtype, 2, 5, 3, 20), small(dtype, 2, 5, 2, 20), small(dtype, 2, 5, 1, 12)),
-        (small(dtype, 7, 16), small(dtype, 7, 16), small(dtype, 7, 16)),
-    ]
+def test_rope(dtype, layout):
+    q, k, cos = (small(dtype, *shape) for shape in ROPES[layout])
+    if layout in ("transposed heads", "a part"):
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
     dense = import_module("liger_compile.ops.rope")._dense_strides
-    for q, k, cos in cases:
-        sin = torch.randn_like(cos)
-        for contiguous in (False, True):
-            compare(ROPE_PAIR, (q, k, cos, sin, upcast, promote, contiguous), scatter_rows=1)
-            compare(ROPE, (q, cos, sin, upcast, promote, contiguous), scatter_rows=1)
-        gradients = small(torch.float32 if promote else dtype, *q.shape), small(dtype, *k.shape)
-        compare(ROPE_PAIR_BACKWARD, (*gradients, cos, sin, dense(q), dense(k), dtype, upcast), scatter_rows=1)
+    for wide, upcast, promote, contiguous in (
+        (0, False, False, True),
+        (0, True, False, False),
+        (1, False, True, False),
+    ):
+        c = cos.float() if wide else cos
+        s = torch.randn_like(c)
+        compare(ROPE_PAIR, (q, k, c, s, upcast, promote, contiguous), scatter_rows=1)
+        gradients = small(torch.float32 if wide else dtype, *q.shape), small(dtype, *k.shape)
+        compare(ROPE_PAIR_BACKWARD, (*gradients, c, s, dense(q), dense(k), dtype, upcast), scatter_rows=1)
+    compare(ROPE, (q, cos, cos, False, False, False), scatter_rows=1)
 
 
 TRANSFORMS = [
@@ -181,6 +192,14 @@ def test_infinite_logits():
     target = torch.tensor([0, 1], device=logits.device)
     expected = torch.nn.functional.cross_entropy(logits, target, reduction="none")
     torch.testing.assert_close(ROWS[0](logits.clone(), target, -100, Transform(), True), expected)
+
+
+def test_kernels_compile_for_a_gpu():
+    """In a process of its own, since this one interprets them."""
+    script = Path(__file__).parent / "compile_kernels.py"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
 
 
 # ---- real sizes, on a GPU -----------------------------------------------------------------------------------------

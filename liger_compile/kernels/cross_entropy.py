@@ -71,14 +71,14 @@ def _rows(
     # Read before the reductions below, whose barrier keeps other warps from writing the gradient over it first.
     inside = (target >= 0) & (target < n_cols)
     chosen = tl.load(at + target + tl.arange(0, 1), mask=inside, other=float("nan")).to(tl.float32)
-    chosen, _ = _transform(chosen, scale, divisor, softcap, WORK, SCALED, CAPPED)
+    chosen, _chosen_slope = _transform(chosen, scale, divisor, softcap, WORK, SCALED, CAPPED)
     # A running maximum and sum for each lane; one reduction over lanes at the end.
     most = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n_cols, BLOCK):
         cols = start + i
         x = tl.load(at + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
-        z, _ = _transform(x, scale, divisor, softcap, WORK, SCALED, CAPPED)
+        z, _slope = _transform(x, scale, divisor, softcap, WORK, SCALED, CAPPED)
         z = tl.where(cols < n_cols, z, float("-inf"))
         larger = tl.maximum(most, z)
         # Lanes that have seen only -inf keep a sum of 0, without computing inf - inf.

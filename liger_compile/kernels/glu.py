@@ -67,7 +67,7 @@ def _forward(
     mask = cols < n_cols
     g = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0)
     u = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0)
-    activated, _ = _activate(g.to(tl.float32), ACTIVATION)
+    activated, _slope = _activate(g.to(tl.float32), ACTIVATION)
     y = activated.to(g.dtype).to(tl.float32) * u.to(tl.float32)
     tl.store(y_ptr + row * y_stride + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
