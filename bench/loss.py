@@ -2,14 +2,15 @@
 
     python -m bench.loss [--out FOLDER]
 
-The floor is the three matrix products alone. Ours is measured with several chunk sizes, which is how the rule in
-`liger_compile.ops.linear_cross_entropy.chunk_rows` was chosen.
+The floor is the three matrix products alone. Our op is also measured with several chunk sizes and with the logits kept
+whole, which is how the rules in `liger_compile.ops.linear_cross_entropy` were chosen.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from liger_compile import ops
 from . import common
 
 SHAPES = [(8192, 4096, 128256), (16384, 2048, 151936), (4096, 2304, 256000), (2048, 4096, 32000)]
-CHUNK_MIB = [256, 512, 768, 1024]
+ROWS = [512, 1024, 2048, 4096, None]
+"""Chunk sizes to measure; None keeps the logits whole."""
 
 
 def products(h: torch.Tensor, w: torch.Tensor) -> Callable[[], Any]:
@@ -67,17 +69,18 @@ def contenders(h: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> dict[str, C
     made["liger_compile"] = backward(compiled)
 
     module = import_module("liger_compile.ops.linear_cross_entropy")
-    default = dict(module.CHUNK_BYTES)
-    for mib in CHUNK_MIB:
+    rules = module.chunk_rows, module.keep_whole
 
-        def run(mib: int = mib) -> Any:
-            module.CHUNK_BYTES["cuda"] = mib << 20
-            try:
-                return torch.autograd.grad(ours(h, w, y), (h, w))
-            finally:
-                module.CHUNK_BYTES.update(default)
+    def forced(rows: int | None) -> Any:
+        module.chunk_rows, module.keep_whole = lambda *_: rows, lambda *_: rows is None
+        try:
+            return torch.autograd.grad(ours(h, w, y), (h, w))
+        finally:
+            module.chunk_rows, module.keep_whole = rules
 
-        made[f"op alone, chunks of {mib} MiB"] = run
+    for rows in ROWS:
+        if rows is None or rows < h.shape[0]:
+            made[f"op alone, {f'chunks of {rows} rows' if rows else 'whole'}"] = partial(forced, rows)
     return made
 
 

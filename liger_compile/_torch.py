@@ -90,6 +90,16 @@ def constant(value: Any) -> int | None:
     return int(expr) if expr.is_number else None
 
 
+def known_true(condition: Any) -> bool:
+    """Whether a condition on sizes holds; it becomes a guard, unless it hangs on data, which counts as false.
+
+    Checked on 2.11, 2.13.
+    """
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return bool(guard_or_false(condition))
+
+
 def inductor_options() -> frozenset[str]:
     """The names of Inductor's own options. Checked on 2.11, 2.13."""
     from torch._inductor import list_options

@@ -10,10 +10,14 @@ softcap=0.0, wide=False) -> loss`
 
 - hidden [N, H], weight [V, H], bias [V] or None: one dtype of float32, bfloat16, float16. target [N]: int64 in
   [0, V), or `ignore_index`. loss: a float32 scalar, the mean over the rows not ignored (NaN if none), or the sum.
-- Rows are taken in chunks (`chunk_rows`): one chunk's logits become their own gradient in place, and that is multiplied
-  into dhidden and dweight at once, so the forward already holds the gradients and the backward only scales them. Both
-  are kept in float32 and rounded once, after scaling. A gradient nobody needs is not computed.
-- Memory above inputs: one chunk of logits, 4 N H bytes and 4 V H bytes for the float32 gradients.
+- Many rows are taken in chunks (`chunk_rows`): one chunk's logits become their own gradient in place, and that is
+  multiplied into dhidden and dweight at once, so the forward already holds the gradients and the backward only scales
+  them. Both are kept in float32 and rounded once, after scaling. Memory above inputs: one chunk of logits, 4 N H bytes
+  and 4 V H bytes for the float32 gradients, and the gradients themselves.
+- Few rows (`keep_whole`) are kept instead: their logits, turned into their gradients in place, take less memory than a
+  float32 dweight would. The backward multiplies them in slabs, scaled in float32 and rounded once. Memory above inputs:
+  N V elements, SLAB_BYTES, and the gradients themselves.
+- A gradient nobody needs is not computed.
 - A target outside [0, V) raises IndexError on the CPU and a device-side assertion on CUDA, as in eager.
 """
 
@@ -24,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch import known_true
 from ._library import NAMESPACE, define, kernel, once_differentiable
 
 
@@ -37,19 +42,26 @@ class Transform(NamedTuple):
 
 
 REDUCTIONS = ("mean", "sum")
-CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}
+CHUNK_ROWS = 1024, 4096
+SLAB_BYTES = 64 << 20
 
 
-def chunk_rows(n: int, vocabulary: int, itemsize: int, device: str) -> int:
-    """Rows of logits to hold at a time: as many as fit CHUNK_BYTES, in equal chunks, in multiples of 128.
+def chunk_rows(n: int, width: int) -> int:
+    """Rows of logits to hold at a time, for n rows of `width` hidden features: a quarter of n, but from 1024 to 4096.
 
-    Each chunk reads the weight twice and reads and writes its gradient, so chunks much below 1024 rows make the matrix
-    products wait for memory; docs/loss.md has the measurements.
+    Each chunk reads the weight twice, and reads and writes its float32 gradient: below 1024 rows the matrix products
+    wait for that, above 4096 little more is gained; docs/loss.md has the measurements. `width` rows are never too
+    many: their logits take no more than the rounded dweight, which is not there yet.
     """
-    fit = max(CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (vocabulary * itemsize), 128)
-    chunks = -(-n // fit)
-    rows = -(-n // max(chunks, 1))
-    return max(-(-rows // 128) * 128, 128)
+    least, most = CHUNK_ROWS
+    fit = max(min(n // 4, most), least, width)
+    chunks = max(-(-n // fit), 1)
+    return max(-(-n // (chunks * 128)) * 128, 128)
+
+
+def keep_whole(n: int, width: int, itemsize: int, need_dweight: bool) -> bool:
+    """Whether n rows of logits take no more memory than the float32 dweight that chunks of them would be summed in."""
+    return need_dweight and known_true(n * itemsize <= width * 4)
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, reduction: str) -> None:
@@ -83,17 +95,19 @@ def _forward_fake(
     need_dhidden: bool,
     need_dweight: bool,
     need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    whole: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check(hidden, weight, bias, target, reduction)
     sums = torch.promote_types(torch.float32, hidden.dtype)
 
     def grad(like: Tensor | None, needed: bool) -> Tensor:
-        return hidden.new_empty(like.shape if needed else (0,), dtype=sums)
+        return hidden.new_empty(like.shape if needed and not whole else (0,), dtype=sums)
 
     scalar = hidden.new_empty((), dtype=sums)
     return (
         scalar,
         torch.empty_like(scalar),
+        hidden.new_empty((hidden.shape[0], weight.shape[0]) if whole else (0,)),
         grad(hidden, need_dhidden),
         grad(weight, need_dweight),
         grad(bias, need_dbias),
@@ -155,23 +169,30 @@ def _product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
 
 
 def _forward_with(rows_of: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any):
-    """The chunked algorithm; `rows_of` computes the losses and gradients of one chunk of logits."""
-    ignore_index, reduction, scale, divisor, softcap, wide, need_dhidden, need_dweight, need_dbias = rest
+    """Loss and gradients; `rows_of` computes the losses of one chunk of logits and turns it into its gradient."""
+    ignore_index, reduction, scale, divisor, softcap, wide, need_dhidden, need_dweight, need_dbias, whole = rest
     how = Transform(scale, divisor, softcap, wide)
-    loss, inverse, dhidden, dweight, dbias = _forward_fake(hidden, weight, bias, target, *rest)
+    loss, inverse, dlogits, dhidden, dweight, dbias = _forward_fake(hidden, weight, bias, target, *rest)
     gradient = need_dhidden or need_dweight or need_dbias
     counted = _check_targets(target, ignore_index, weight.shape[0])
-    losses = hidden.new_empty(hidden.shape[0], dtype=loss.dtype)
-    size = chunk_rows(hidden.shape[0], weight.shape[0], weight.element_size(), weight.device.type)
+    n = hidden.shape[0]
+    losses = hidden.new_empty(n, dtype=loss.dtype)
+    size = max(n, 1) if whole else chunk_rows(n, hidden.shape[1])
     dbias.zero_()
-    if hidden.shape[0] == 0:
+    if n == 0:
         dweight.zero_()
     with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, hidden.shape[0], size):
+        for start in range(0, n, size):
             rows = slice(start, start + size)
             h = hidden[rows]
-            logits = torch.mm(h, weight.t()) if bias is None else torch.addmm(bias, h, weight.t())
+            logits = dlogits if whole else hidden.new_empty(h.shape[0], weight.shape[0])
+            if bias is None:
+                torch.mm(h, weight.t(), out=logits)
+            else:
+                torch.addmm(bias, h, weight.t(), out=logits)
             losses[rows] = rows_of(logits, target[rows], ignore_index, how, gradient)
+            if whole:
+                break
             if need_dhidden:
                 _product(dhidden[rows], logits, weight)
             if need_dweight:
@@ -181,7 +202,7 @@ def _forward_with(rows_of: Any, hidden: Tensor, weight: Tensor, bias: Tensor | N
     count = counted.sum().to(loss.dtype) if reduction == "mean" else torch.ones_like(loss)
     torch.div(losses.sum(), count, out=loss)
     inverse.copy_(torch.where(count > 0, 1 / count, 0.0))
-    return loss, inverse, dhidden, dweight, dbias
+    return loss, inverse, dlogits, dhidden, dweight, dbias
 
 
 def _reference(*args: Any) -> tuple[Tensor, ...]:
@@ -195,34 +216,83 @@ def _cuda(*args: Any) -> tuple[Tensor, ...]:
 linear_cross_entropy_forward = define(
     "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index,"
     " str reduction, float scale, float divisor, float softcap, bool wide,"
-    " bool need_dhidden, bool need_dweight, bool need_dbias)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool need_dhidden, bool need_dweight, bool need_dbias, bool whole)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _reference,
     _forward_fake,
     _cuda,
 )
+
+
+def _backward_fake(
+    dlogits: Tensor, hidden: Tensor, weight: Tensor, scale: Tensor, need_dhidden: bool, need_dbias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if need_dhidden else (0,)),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape[0] if need_dbias else 0),
+    )
+
+
+def _scaled_product(out: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> None:
+    """out = (a @ b) * scale, in slabs of rows whose float32 products take SLAB_BYTES, each rounded once."""
+    sums = torch.promote_types(torch.float32, out.dtype)
+    size = max(SLAB_BYTES // (sums.itemsize * max(b.shape[1], 1)) // 128 * 128, 128)
+    slab = out.new_empty((min(size, out.shape[0]), b.shape[1]), dtype=sums)
+    for start in range(0, out.shape[0], size):
+        part = out[start : start + size]
+        _product(slab[: part.shape[0]], a[start : start + size], b)
+        torch.mul(slab[: part.shape[0]], scale, out=part)
+
+
+def _backward_whole(
+    dlogits: Tensor, hidden: Tensor, weight: Tensor, scale: Tensor, need_dhidden: bool, need_dbias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dhidden, dweight, dbias = _backward_fake(dlogits, hidden, weight, scale, need_dhidden, need_dbias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if need_dhidden:
+            _scaled_product(dhidden, dlogits, weight, scale)
+        _scaled_product(dweight, dlogits.t(), hidden, scale)
+        if need_dbias:
+            torch.mul(dlogits.sum(0, dtype=scale.dtype), scale, out=dbias)
+    return dhidden, dweight, dbias
+
+
+linear_cross_entropy_backward = define(
+    "linear_cross_entropy_backward(Tensor dlogits, Tensor hidden, Tensor weight, Tensor scale,"
+    " bool need_dhidden, bool need_dbias) -> (Tensor, Tensor, Tensor)",
+    _backward_whole,
+    _backward_fake,
+    _backward_whole,
+)
 once_differentiable(linear_cross_entropy_forward)
+once_differentiable(linear_cross_entropy_backward)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any) -> Tensor:
         need = [bool(n) for n in ctx.needs_input_grad[:3]]
-        loss, *saved = linear_cross_entropy_forward(hidden, weight, bias, target, *rest, *need)
-        ctx.save_for_backward(*saved)
+        ctx.whole = keep_whole(hidden.shape[0], hidden.shape[1], hidden.element_size(), need[1])
+        loss, inverse, dlogits, *gradients = linear_cross_entropy_forward(
+            hidden, weight, bias, target, *rest, *need, ctx.whole
+        )
+        ctx.save_for_backward(inverse, *((dlogits, hidden, weight) if ctx.whole else gradients))
         ctx.dtype = hidden.dtype
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
-        inverse, *gradients = ctx.saved_tensors
+        inverse, *saved = ctx.saved_tensors
         scale = dloss * inverse
-        scaled = [
-            (g * scale).to(ctx.dtype) if needed else None
-            for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)
-        ]
-        return *scaled, *(None,) * (len(ctx.needs_input_grad) - 3)
+        need = ctx.needs_input_grad[:3]
+        if ctx.whole:
+            gradients = linear_cross_entropy_backward(*saved, scale, need[0], need[2])
+        else:
+            gradients = [(g * scale).to(ctx.dtype) if needed else None for g, needed in zip(saved, need, strict=True)]
+        gradients = [g if needed else None for g, needed in zip(gradients, need, strict=True)]
+        return *gradients, *(None,) * (len(ctx.needs_input_grad) - 3)
 
 
 _NAME = f"{NAMESPACE}::linear_cross_entropy"
@@ -249,7 +319,7 @@ def _composite(
 ) -> Tensor:
     args = (hidden, weight, bias, target, ignore_index, reduction, scale, divisor, softcap, wide)
     if not torch.is_grad_enabled():
-        return linear_cross_entropy_forward(*args, False, False, False)[0]
+        return linear_cross_entropy_forward(*args, False, False, False, False)[0]
     return _LinearCrossEntropy.apply(*args)
 
 
