@@ -40,14 +40,17 @@ def main() -> None:
         return launch
 
     JITFunction.__getitem__ = compile_only
-    rms_norm, glu, rope, cross_entropy = (
-        import_module(f"liger_compile.kernels.{name}") for name in ("rms_norm", "glu", "rope", "cross_entropy")
+    rms_norm, glu, rope, cross_entropy, scale = (
+        import_module(f"liger_compile.kernels.{name}") for name in ("rms_norm", "glu", "rope", "cross_entropy", "scale")
     )
     for dtype in (torch.bfloat16, torch.float32):
         x, w = torch.randn(16, 256).to(dtype), torch.randn(256).to(dtype)
         for rounding in ("normed", "result", "factor"):
             rms_norm.forward(x, w, 1e-6, 1.0, rounding)
             rms_norm.backward(x, x, w, 1e-6, 1.0, rounding, True)
+        wide = torch.randn(4, 16384).to(dtype)
+        rms_norm.backward(wide, wide, wide[0], 1e-6, 0.0, "normed", True)
+        scale.scaled(torch.randn(16, 256), torch.ones(()), x)
         rms_norm.backward(x, x, None, 1e-6, 0.0, "result", False)
         for activation in ("silu", "gelu", "gelu_tanh"):
             glu.forward(x, x, activation)
@@ -60,7 +63,7 @@ def main() -> None:
             for gradient in (False, True):
                 cross_entropy.rows(torch.randn(16, 9000).to(dtype), target, -100, how, gradient)
     print(f"triton {triton.__version__}: compiled {len(compiled)} kernels: {sorted(set(compiled))}")
-    sys.exit(0 if {"_forward", "_backward", "_rope", "_rows"} <= set(compiled) else 1)
+    sys.exit(0 if {"_forward", "_backward", "_total", "_rope", "_rows", "_scaled"} <= set(compiled) else 1)
 
 
 if __name__ == "__main__":

@@ -194,6 +194,23 @@ def test_infinite_logits():
     torch.testing.assert_close(ROWS[0](logits.clone(), target, -100, Transform(), True), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scaled(dtype):
+    scaled, reference = pair("linear_cross_entropy", "scaled", "_reference_scaled", "scale")
+    x = small(torch.float32, 5, 701)
+    scale = torch.tensor(0.37, device=x.device)
+
+    def returning(function):
+        def run(x, scale):
+            out = x.new_empty(x.shape, dtype=torch.float64 if x.dtype is torch.float64 else dtype)
+            function(x, scale, out)
+            return out
+
+        return run
+
+    compare((returning(scaled), returning(reference)), (x, scale), scatter_rows=x.numel())
+
+
 def test_kernels_compile_for_a_gpu():
     """In a process of its own, since this one interprets them."""
     script = Path(__file__).parent / "compile_kernels.py"
@@ -274,6 +291,32 @@ def test_cross_entropy_rows_at_size(dtype, vocabulary, peak):
         return run
 
     compare(tuple(map(run_with, ROWS)), (logits, target), 340)
+
+
+@gpu
+@pytest.mark.parametrize("kept", [True, False], ids=["whole", "chunks"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_cross_entropy_at_size(dtype, kept, monkeypatch):
+    module = import_module("liger_compile.ops.linear_cross_entropy")
+    monkeypatch.setattr(module, "keep_whole", lambda *_: kept)
+    h, w, b = real(dtype, 3000, 512), real(dtype, 32003, 512) * 0.1, real(dtype, 32003)
+    target = torch.randint(0, 32003, (3000,), device="cuda")
+    target[:700] = -100
+
+    def gradients(function):
+        def run(*operands):
+            operands = [o.detach().requires_grad_() for o in operands]
+            loss = function(*operands)
+            return loss, *torch.autograd.grad(loss * 0.37, operands)
+
+        return run
+
+    def eager(h, w, b):
+        logits = torch.nn.functional.linear(h, w, b)
+        return torch.nn.functional.cross_entropy(logits if h.dtype is torch.float64 else logits.float(), target)
+
+    ours = gradients(lambda h, w, b: module.linear_cross_entropy(h, w, b, target))
+    compare((ours, gradients(eager)), (h, w, b), 3000)
 
 
 @gpu

@@ -178,15 +178,22 @@ def test_reduce_overhead():
 
 
 @pytest.mark.gpu
-def test_target_out_of_range_on_gpu():
+@pytest.mark.parametrize(
+    "call",
+    [
+        "from liger_compile import ops; ops.linear_cross_entropy(h, w, None, y)",
+        "torch.compile(lambda h: F.cross_entropy(F.linear(h, w).float(), y), backend='liger')(h)",
+    ],
+    ids=["op", "compiled"],
+)
+def test_target_out_of_range_on_gpu(call):
     """A label that is no class raises on the device, as in eager. In a process of its own: it ends the context."""
     import subprocess
     import sys
 
     code = (
-        "import torch; from liger_compile import ops; h = torch.randn(4, 64, device='cuda', requires_grad=True)\n"
-        "ops.linear_cross_entropy(h, h.detach(), None, torch.tensor([0, 1, 2, 9], device='cuda'))\n"
-        "torch.cuda.synchronize()"
+        "import torch, torch.nn.functional as F; h = torch.randn(4, 64, device='cuda', requires_grad=True)\n"
+        f"w, y = h.detach(), torch.tensor([0, 1, 2, 9], device='cuda')\n{call}\ntorch.cuda.synchronize()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode != 0 and "out of range" in result.stderr + result.stdout

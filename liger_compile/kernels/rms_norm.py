@@ -56,8 +56,8 @@ def _forward(
 ):
     """y = normalised x, scaled. Per element: x read once, y written once; the row stays in registers in between.
 
-    A tile is BLOCK_ROWS whole rows: one for wide rows, and for narrow ones (64 to 256 per head) as many as make about
-    4096 elements, since a program with less has too few bytes in flight to fill the memory pipeline.
+    A tile is BLOCK_ROWS whole rows: one for wide rows, and for narrow ones (64 to 256 per head) as many as make 2048
+    elements: vectors of 16 bytes for each of four warps, and enough programs on a multiprocessor to hide latency.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.arange(0, BLOCK_COLS)
@@ -74,6 +74,11 @@ def _forward(
     y *= _scale(w_ptr, cols, n_cols, offset, ROUNDING, HAS_WEIGHT)
     y_at = y_ptr + _offsets(row, n1, n2, y0, y1, y2)[:, None] + cols[None, :]
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_pairs(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
 
 
 @triton.jit
@@ -103,28 +108,30 @@ def _backward(
     NEED_DWEIGHT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dx, and this program's share of dweight [programs, n_cols] in float32.
 
     Per element: dy and x read once, dx written once; 1 / rms is computed again from the row in hand, which costs no
     bytes. Programs stay resident and walk over tiles, so dweight is summed in registers, in a fixed order, and only
-    n_cols floats a program reach memory.
+    n_cols floats a program reach memory. As few programs as that are kept busy by loading tiles ahead (STAGES), and by
+    reducing a row once: with r = 1 / rms, dx = r (dn - x r^2 sum(dn x) / n) needs both sums of the row at one time.
     """
     cols = tl.arange(0, BLOCK_COLS)
     scale = _scale(w_ptr, cols, n_cols, offset, ROUNDING, HAS_WEIGHT)
     if NEED_DWEIGHT:
         dw = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         mask = (row < n_rows)[:, None] & (cols < n_cols)[None, :]
         raw = tl.load(x_ptr + _offsets(row, n1, n2, x0, x1, x2)[:, None] + cols[None, :], mask=mask, other=0.0)
         dy = tl.load(dy_ptr + _offsets(row, n1, n2, d0, d1, d2)[:, None] + cols[None, :], mask=mask, other=0.0)
         x, dy = raw.to(tl.float32), dy.to(tl.float32)
-        factor = tl.rsqrt(tl.sum(x * x, axis=1) / n_cols + tl.cast(eps, tl.float32))[:, None]
-        normed = x * factor
         dnormed = dy * scale
-        along = tl.sum(dnormed * normed, axis=1)[:, None] / n_cols
-        dx = factor * (dnormed - normed * along)
+        square, along = tl.reduce((x * x, dnormed * x), 1, _add_pairs)
+        factor = tl.rsqrt(square / n_cols + tl.cast(eps, tl.float32))[:, None]
+        normed = x * factor
+        dx = factor * (dnormed - normed * (factor * along[:, None] / n_cols))
         dx_at = dx_ptr + _offsets(row, n1, n2, o0, o1, o2)[:, None] + cols[None, :]
         tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if NEED_DWEIGHT:
@@ -135,11 +142,32 @@ def _backward(
         tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * n_cols + cols, tl.sum(dw, axis=0), mask=cols < n_cols)
 
 
-def _blocks(n_cols: int) -> tuple[int, int, int]:
-    """(BLOCK_ROWS, BLOCK_COLS, num_warps): about 4096 elements a tile, 16 a thread, at most 32 warps."""
+@triton.jit
+def _total(partial_ptr, out_ptr, n_rows, n_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Sums of columns, in a fixed order, rounded once. Per element of partial: read once; BLOCK_COLS are 64 bytes, two
+    sectors, so that even narrow weights give several programs."""
+    cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    for start in range(0, n_rows, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        mask = (row < n_rows)[:, None] & (cols < n_cols)[None, :]
+        total += tl.load(partial_ptr + row[:, None] * n_cols + cols[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + cols, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=cols < n_cols)
+
+
+TILE = 2048
+"""Elements a program works on at a time, if a row has no more; see the kernels."""
+
+
+def _blocks(n_cols: int) -> tuple[int, int]:
+    """(BLOCK_ROWS, BLOCK_COLS) of a tile."""
     block_cols = triton.next_power_of_2(n_cols)
-    block_rows = max(1, 4096 // block_cols)
-    return block_rows, block_cols, min(max(block_rows * block_cols // 512, 4), 32)
+    return max(1, TILE // block_cols), block_cols
+
+
+def _warps(tile: int, most: int) -> int:
+    """16 elements a thread, from 4 warps to `most`."""
+    return min(max(tile // 512, 4), most)
 
 
 def _addressed(*tensors: Tensor) -> tuple[list[int], list[list[int]], tuple[Tensor, ...]]:
@@ -159,7 +187,7 @@ def forward(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, r
     (_, n1, n2), (xs, ys), (x, out) = _addressed(x, y)
     n_cols = x.shape[-1]
     n_rows = x.numel() // n_cols
-    block_rows, block_cols, warps = _blocks(n_cols)
+    block_rows, block_cols = _blocks(n_cols)
     weight = weight if weight is None else weight.contiguous()
     _forward[(triton.cdiv(n_rows, block_rows),)](
         x,
@@ -177,7 +205,7 @@ def forward(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, r
         HAS_WEIGHT=weight is not None,
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
-        num_warps=warps,
+        num_warps=_warps(block_rows * block_cols, 8),
     )
     return out if out is y else y.copy_(out)
 
@@ -191,9 +219,11 @@ def backward(
     (_, n1, n2), (ds, xs, os), (dy, x, out) = _addressed(dy, x, dx)
     n_cols = x.shape[-1]
     n_rows = x.numel() // n_cols
-    block_rows, block_cols, warps = _blocks(n_cols)
-    # Two to eight programs a multiprocessor: enough rows in flight, few enough partial sums of dweight.
-    programs = min(triton.cdiv(n_rows, block_rows), multiprocessors(x.device) * max(2, 32 // warps))
+    block_rows, block_cols = _blocks(n_cols)
+    tile = block_rows * block_cols
+    # A multiprocessor has 8192 elements in hand and as many in each stage ahead, which wide rows leave no room for.
+    programs = min(triton.cdiv(n_rows, block_rows), multiprocessors(x.device) * max(8192 // tile, 1))
+    ahead = tile * x.element_size() <= 16384
     weight = weight if weight is None else weight.contiguous()
     partial = x.new_empty((programs, n_cols) if need_dweight else (0,), dtype=torch.float32)
     _backward[(programs,)](
@@ -216,7 +246,12 @@ def backward(
         NEED_DWEIGHT=need_dweight,
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
-        num_warps=warps,
+        STAGES=3 if ahead else 1,
+        num_warps=_warps(tile, 8) if ahead else min(tile // 1024, 32),
     )
     dx = out if out is dx else dx.copy_(out)
-    return dx, partial.sum(0).to(weight.dtype) if need_dweight else partial
+    if not need_dweight:
+        return dx, partial
+    dweight = torch.empty_like(weight)
+    _total[(triton.cdiv(n_cols, 16),)](partial, dweight, programs, n_cols, BLOCK_ROWS=64, BLOCK_COLS=16)
+    return dx, dweight

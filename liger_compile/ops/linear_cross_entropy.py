@@ -64,7 +64,7 @@ def keep_whole(n: int, width: int, itemsize: int, need_dweight: bool) -> bool:
     return need_dweight and known_true(n * itemsize <= width * 4)
 
 
-def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, reduction: str) -> None:
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"linear_cross_entropy: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}; needs [N, H], [V, H]"
@@ -77,8 +77,6 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, 
         raise ValueError(
             f"linear_cross_entropy: target is {target.dtype}{tuple(target.shape)}, needs int64[{hidden.shape[0]}]"
         )
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"linear_cross_entropy: reduction is one of {REDUCTIONS}, not {reduction!r}")
 
 
 def _forward_fake(
@@ -87,7 +85,6 @@ def _forward_fake(
     bias: Tensor | None,
     target: Tensor,
     ignore_index: int,
-    reduction: str,
     scale: float,
     divisor: float,
     softcap: float,
@@ -96,33 +93,20 @@ def _forward_fake(
     need_dweight: bool,
     need_dbias: bool,
     whole: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check(hidden, weight, bias, target, reduction)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check(hidden, weight, bias, target)
     sums = torch.promote_types(torch.float32, hidden.dtype)
 
     def grad(like: Tensor | None, needed: bool) -> Tensor:
         return hidden.new_empty(like.shape if needed and not whole else (0,), dtype=sums)
 
-    scalar = hidden.new_empty((), dtype=sums)
     return (
-        scalar,
-        torch.empty_like(scalar),
+        hidden.new_empty(hidden.shape[0], dtype=sums),
         hidden.new_empty((hidden.shape[0], weight.shape[0]) if whole else (0,)),
         grad(hidden, need_dhidden),
         grad(weight, need_dweight),
         grad(bias, need_dbias),
     )
-
-
-def _check_targets(target: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
-    """Which rows count. Raises for a target that is neither a class nor `ignore_index`."""
-    counted = target != ignore_index
-    valid = ~counted | ((target >= 0) & (target < vocabulary))
-    if target.is_cuda:
-        torch._assert_async(valid.all(), "linear_cross_entropy: target out of range")
-    elif not valid.all():
-        raise IndexError(f"Target {int(target[~valid][0])} is out of bounds for {vocabulary} classes.")
-    return counted
 
 
 def _transform(logits: Tensor, how: Transform) -> tuple[Tensor, Tensor | None]:
@@ -146,6 +130,9 @@ def _transform(logits: Tensor, how: Transform) -> tuple[Tensor, Tensor | None]:
 def _reference_rows(logits: Tensor, target: Tensor, ignore_index: int, how: Transform, gradient: bool) -> Tensor:
     """The loss of each row of logits [n, V], float32; the logits become d(loss_row)/d(logits) if `gradient`."""
     counted = target != ignore_index
+    outside = counted & ((target < 0) | (target >= logits.shape[1]))
+    if outside.any():
+        raise IndexError(f"Target {int(target[outside][0])} is out of bounds for {logits.shape[1]} classes.")
     index = torch.where(counted, target, 0).unsqueeze(1)
     z, slope = _transform(logits, how)
     lse = torch.logsumexp(z, dim=1, keepdim=True)
@@ -169,14 +156,12 @@ def _product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
 
 
 def _forward_with(rows_of: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any):
-    """Loss and gradients; `rows_of` computes the losses of one chunk of logits and turns it into its gradient."""
-    ignore_index, reduction, scale, divisor, softcap, wide, need_dhidden, need_dweight, need_dbias, whole = rest
+    """The rows' losses, and gradients; `rows_of` computes one chunk of losses, turning logits into their gradient."""
+    ignore_index, scale, divisor, softcap, wide, need_dhidden, need_dweight, need_dbias, whole = rest
     how = Transform(scale, divisor, softcap, wide)
-    loss, inverse, dlogits, dhidden, dweight, dbias = _forward_fake(hidden, weight, bias, target, *rest)
+    losses, dlogits, dhidden, dweight, dbias = _forward_fake(hidden, weight, bias, target, *rest)
     gradient = need_dhidden or need_dweight or need_dbias
-    counted = _check_targets(target, ignore_index, weight.shape[0])
     n = hidden.shape[0]
-    losses = hidden.new_empty(n, dtype=loss.dtype)
     size = max(n, 1) if whole else chunk_rows(n, hidden.shape[1])
     dbias.zero_()
     if n == 0:
@@ -199,10 +184,7 @@ def _forward_with(rows_of: Any, hidden: Tensor, weight: Tensor, bias: Tensor | N
                 _product(dweight, logits.t(), h, add=start > 0)
             if need_dbias:
                 dbias += logits.sum(0, dtype=dbias.dtype)
-    count = counted.sum().to(loss.dtype) if reduction == "mean" else torch.ones_like(loss)
-    torch.div(losses.sum(), count, out=loss)
-    inverse.copy_(torch.where(count > 0, 1 / count, 0.0))
-    return loss, inverse, dlogits, dhidden, dweight, dbias
+    return losses, dlogits, dhidden, dweight, dbias
 
 
 def _reference(*args: Any) -> tuple[Tensor, ...]:
@@ -215,9 +197,9 @@ def _cuda(*args: Any) -> tuple[Tensor, ...]:
 
 linear_cross_entropy_forward = define(
     "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index,"
-    " str reduction, float scale, float divisor, float softcap, bool wide,"
+    " float scale, float divisor, float softcap, bool wide,"
     " bool need_dhidden, bool need_dweight, bool need_dbias, bool whole)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _reference,
     _forward_fake,
     _cuda,
@@ -234,49 +216,85 @@ def _backward_fake(
     )
 
 
-def _scaled_product(out: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> None:
+def _scaled_product(scaled: Any, out: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> None:
     """out = (a @ b) * scale, in slabs of rows whose float32 products take SLAB_BYTES, each rounded once."""
     sums = torch.promote_types(torch.float32, out.dtype)
     size = max(SLAB_BYTES // (sums.itemsize * max(b.shape[1], 1)) // 128 * 128, 128)
     slab = out.new_empty((min(size, out.shape[0]), b.shape[1]), dtype=sums)
     for start in range(0, out.shape[0], size):
         part = out[start : start + size]
-        _product(slab[: part.shape[0]], a[start : start + size], b)
-        torch.mul(slab[: part.shape[0]], scale, out=part)
+        product = slab[: part.shape[0]]
+        _product(product, a[start : start + size], b)
+        scaled(product, scale, part)
 
 
-def _backward_whole(
-    dlogits: Tensor, hidden: Tensor, weight: Tensor, scale: Tensor, need_dhidden: bool, need_dbias: bool
+def _backward_with(
+    scaled: Any, dlogits: Tensor, hidden: Tensor, weight: Tensor, scale: Tensor, need_dhidden: bool, need_dbias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The products of the logits' gradients; `scaled(x, scale, out)` writes a product, scaled and rounded."""
     dhidden, dweight, dbias = _backward_fake(dlogits, hidden, weight, scale, need_dhidden, need_dbias)
     with torch.autocast(hidden.device.type, enabled=False):
         if need_dhidden:
-            _scaled_product(dhidden, dlogits, weight, scale)
-        _scaled_product(dweight, dlogits.t(), hidden, scale)
+            _scaled_product(scaled, dhidden, dlogits, weight, scale)
+        _scaled_product(scaled, dweight, dlogits.t(), hidden, scale)
         if need_dbias:
-            torch.mul(dlogits.sum(0, dtype=scale.dtype), scale, out=dbias)
+            scaled(dlogits.sum(0, dtype=scale.dtype), scale, dbias)
     return dhidden, dweight, dbias
+
+
+def _reference_scaled(x: Tensor, scale: Tensor, out: Tensor) -> None:
+    torch.mul(x, scale, out=out)
+
+
+def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
+    return _backward_with(_reference_scaled, *args)
+
+
+def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
+    return _backward_with(kernel("scale", "scaled"), *args)
 
 
 linear_cross_entropy_backward = define(
     "linear_cross_entropy_backward(Tensor dlogits, Tensor hidden, Tensor weight, Tensor scale,"
     " bool need_dhidden, bool need_dbias) -> (Tensor, Tensor, Tensor)",
-    _backward_whole,
+    _backward_reference,
     _backward_fake,
-    _backward_whole,
+    _backward_cuda,
 )
 once_differentiable(linear_cross_entropy_forward)
 once_differentiable(linear_cross_entropy_backward)
 
 
+def _reduce(losses: Tensor, target: Tensor, ignore_index: int, reduction: str, classes: int) -> tuple[Tensor, Tensor]:
+    """(the loss, what a row's loss is multiplied with in it)."""
+    counted = target != ignore_index
+    if target.is_cuda:  # elsewhere the op itself raises
+        inside = ~counted | ((target >= 0) & (target < classes))
+        torch._assert_async(inside.all(), "linear_cross_entropy: target out of range")
+    if reduction == "sum":
+        return losses.sum(), losses.new_ones(())
+    count = counted.sum().to(losses.dtype)
+    return losses.sum() / count, torch.where(count > 0, 1 / count, 0.0)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        ignore_index: int,
+        reduction: str,
+        *transform: Any,
+    ) -> Tensor:
         need = [bool(n) for n in ctx.needs_input_grad[:3]]
         ctx.whole = keep_whole(hidden.shape[0], hidden.shape[1], hidden.element_size(), need[1])
-        loss, inverse, dlogits, *gradients = linear_cross_entropy_forward(
-            hidden, weight, bias, target, *rest, *need, ctx.whole
+        losses, dlogits, *gradients = linear_cross_entropy_forward(
+            hidden, weight, bias, target, ignore_index, *transform, *need, ctx.whole
         )
+        loss, inverse = _reduce(losses, target, ignore_index, reduction, weight.shape[0])
         ctx.save_for_backward(inverse, *((dlogits, hidden, weight) if ctx.whole else gradients))
         ctx.dtype = hidden.dtype
         return loss
@@ -317,10 +335,15 @@ def _composite(
     softcap: float = 0.0,
     wide: bool = False,
 ) -> Tensor:
-    args = (hidden, weight, bias, target, ignore_index, reduction, scale, divisor, softcap, wide)
-    if not torch.is_grad_enabled():
-        return linear_cross_entropy_forward(*args, False, False, False, False)[0]
-    return _LinearCrossEntropy.apply(*args)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"linear_cross_entropy: reduction is one of {REDUCTIONS}, not {reduction!r}")
+    transform = Transform(scale, divisor, softcap, wide)
+    if torch.is_grad_enabled():
+        return _LinearCrossEntropy.apply(hidden, weight, bias, target, ignore_index, reduction, *transform)
+    losses, *_ = linear_cross_entropy_forward(
+        hidden, weight, bias, target, ignore_index, *transform, False, False, False, False
+    )
+    return _reduce(losses, target, ignore_index, reduction, weight.shape[0])[0]
 
 
 linear_cross_entropy = torch.ops.liger_compile.linear_cross_entropy.default
