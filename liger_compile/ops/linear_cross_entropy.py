@@ -43,7 +43,7 @@ class Transform(NamedTuple):
 
 REDUCTIONS = ("mean", "sum")
 CHUNK_ROWS = 1024, 4096
-SLAB_BYTES = 64 << 20
+SLAB_BYTES = 32 << 20
 
 
 def chunk_rows(n: int, width: int) -> int:
