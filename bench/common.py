@@ -27,11 +27,13 @@ def environment() -> dict[str, Any]:
             return None
 
     root = Path(__file__).parent.parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=root)
+    note = root / "COMMIT"  # made by who copies the tree to another machine without its history
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=root).stdout
+    commit = note.read_text() if note.exists() else head
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "commit": commit.stdout.strip() or (root / "COMMIT").read_text().strip(),
+        "commit": commit.strip(),
         **{name: installed(name) for name in ("torch", "triton", "transformers", "liger-kernel")},
         **ceilings(),
     }

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import hashlib
+import typing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +112,18 @@ def inductor_options() -> frozenset[str]:
     return frozenset(list_options())
 
 
+def option_type(name: str) -> type | None:
+    """The type of one of Inductor's options; None where that says nothing (unions, generics, a plain None).
+
+    torch.compile checks the same for its own backend. Checked on 2.13.
+    """
+    from torch._inductor import config
+
+    found = config.get_type(name)
+    plain = isinstance(found, type) and typing.get_origin(found) is None and found is not type(None)
+    return found if plain else None
+
+
 def mode_options(mode: str | None) -> dict[str, Any]:
     """What a `mode` of torch.compile means in Inductor's options. Checked on 2.11, 2.13."""
     from torch._inductor import list_mode_options
@@ -115,10 +132,22 @@ def mode_options(mode: str | None) -> dict[str, Any]:
 
 
 def compile_fx(gm: torch.fx.GraphModule, example_inputs: Any, config: dict[str, Any]) -> Any:
-    """Inductor, as torch.compile calls it. Takes ownership of `gm`. Checked on 2.11, 2.13."""
+    """Inductor, as torch.compile calls it. Takes ownership of `gm`. Checked on 2.11, 2.13.
+
+    Its caches on disk know an op by its name, so what they must not outlive is put into their keys.
+    """
     from torch._inductor.compile_fx import compile_fx as inductor
 
-    return inductor(gm, example_inputs, config_patches=config or None)
+    compiler = torch.compiler.config
+    with compiler.patch(cache_key_tag=f"{compiler.cache_key_tag} liger_compile {fingerprint()}".strip()):
+        return inductor(gm, example_inputs, config_patches=config or None)
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Another one whenever the code of our ops changes, which AOTAutograd traces through."""
+    files = sorted((Path(__file__).parent / "ops").glob("*.py"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 
 def copy_module(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -130,6 +159,7 @@ def copy_module(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     graph = torch.fx.Graph(tracer_cls=gm.graph._tracer_cls)
     copies: dict[torch.fx.Node, torch.fx.Node] = {}
     result = graph.graph_copy(gm.graph, copies)
+    graph._codegen = copy.deepcopy(gm.graph._codegen)  # an exported module's takes and returns trees
     output = graph.output(result)
     output.meta = next(n for n in reversed(gm.graph.nodes) if n.op == "output").meta.copy()
     for old, new in copies.items():

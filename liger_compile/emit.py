@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import operator
 from collections.abc import Callable
@@ -14,29 +13,19 @@ from torch import fx
 from . import _torch
 from .graph_terms import GraphTerms, value_of
 from .legality import Illegal, Site
+from .pattern import target_of
 from .policy import tag
 from .terms import PatternError, Term, describe, same
-
-
-def target_of(replacement: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """What a graph calls for a replacement, and the arguments fixed by `functools.partial`."""
-    fixed: dict[str, Any] = {}
-    while isinstance(replacement, functools.partial):
-        if replacement.args:
-            raise PatternError(f"replacement {replacement}: fix arguments by name, not by position")
-        fixed = {**replacement.keywords, **fixed}
-        replacement = replacement.func
-    replacement = getattr(replacement, "_opoverload", replacement)  # what torch.library.custom_op returns
-    if isinstance(replacement, torch._ops.OpOverloadPacket):
-        replacement = replacement.default
-    return replacement, fixed
 
 
 def parameters_of(target: Callable[..., Any]) -> dict[str, bool]:
     """The names of a callable's parameters, and whether each must be given."""
     if isinstance(target, torch._ops.OpOverload):
         return {a.name: not a.has_default_value() for a in target._schema.arguments}
-    named = inspect.signature(target).parameters.values()
+    try:
+        named = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise PatternError(f"replacement {target}: has no signature; wrap it in a function of the operands") from error
     return {p.name: p.default is p.empty for p in named if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 

@@ -93,6 +93,16 @@ class _State:
             )
 
 
+@dataclass
+class _Own:
+    """What tells the tensors of one value apart."""
+
+    casts: tuple[torch.dtype, ...]
+    """The conversions a tensor has gone through; each may round."""
+    value: Tensor | None = None
+    """What it has become. Changes in place are made to this, and stay."""
+
+
 def _version(value: Any) -> int | None:
     return None if not isinstance(value, Tensor) or value.is_inference() else value._version
 
@@ -127,13 +137,20 @@ class LazyTensor(torch.Tensor):
     """A tensor that computes itself when its values are first needed. See the module's docstring."""
 
     _state: _State
+    _own: _Own
 
     @staticmethod
     def __new__(
-        cls, state: _State, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
+        cls,
+        state: _State,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        casts: tuple[torch.dtype, ...] = (),
     ) -> LazyTensor:
         self = torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device)
-        self._state = state
+        self._state, self._own = state, _Own(casts)
         return self
 
     @property
@@ -143,9 +160,18 @@ class LazyTensor(torch.Tensor):
 
     def compute(self) -> Tensor:
         """The values as an ordinary tensor, with their gradient history."""
-        value = self._state.compute()
-        with torch.set_grad_enabled(self._state.with_grad):
-            return value.to(self.dtype)
+        if self._own.value is None:
+            value = self._state.compute()
+            with torch.set_grad_enabled(self._state.with_grad):
+                value = _cast(value, self._own.casts)
+            self._own.value = value if self.requires_grad else value.detach()  # converted under no_grad
+        return self._own.value
+
+    def compute_plain(self) -> Tensor:
+        """The values without their history, for code that runs below autograd."""
+        if self._own.value is not None:
+            return self._own.value.detach()
+        return _cast(self._state.compute_plain(), self._own.casts)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -153,7 +179,9 @@ class LazyTensor(torch.Tensor):
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__repr__"):
             name = getattr(getattr(func, "__self__", None), "__name__", name)
-        if name in _METADATA or (name in _CASTS and isinstance(args[0], LazyTensor) and _only_casts(args, kwargs)):
+        x = args[0] if args else None
+        lazily = name in _CASTS and isinstance(x, LazyTensor) and not x.computed and _only_casts(args, kwargs)
+        if name in _METADATA or lazily:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         return func(*_replace(args, LazyTensor.compute), **_replace(kwargs, LazyTensor.compute))
@@ -164,12 +192,9 @@ class LazyTensor(torch.Tensor):
         kwargs = kwargs or {}
         x = args[0] if args else None
         if func in _STILL_LAZY and isinstance(x, LazyTensor) and _only_casts(args, kwargs):
-            return LazyTensor(x._state, x.shape, x.stride(), kwargs.get("dtype") or x.dtype, x.device)
-
-        def plain(t: LazyTensor) -> Tensor:
-            return t._state.compute_plain().to(t.dtype)
-
-        result = func(*_replace(args, plain), **_replace(kwargs, plain))
+            dtype = kwargs.get("dtype") or x.dtype
+            return LazyTensor(x._state, x.shape, x.stride(), dtype, x.device, (*x._own.casts, dtype))
+        result = func(*_replace(args, LazyTensor.compute_plain), **_replace(kwargs, LazyTensor.compute_plain))
         return x if func._schema.is_mutable and isinstance(x, LazyTensor) else result
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -192,6 +217,12 @@ _METADATA = frozenset(
 )
 _CASTS = frozenset(("to", "float", "half", "bfloat16", "double", "type", "type_as"))
 _STILL_LAZY = frozenset((torch.ops.aten._to_copy.default, torch.ops.aten.detach.default))
+
+
+def _cast(value: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:
+    for dtype in dtypes:
+        value = value.to(dtype)
+    return value
 
 
 def _only_casts(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -50,7 +50,7 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[Options, dict[str,
         if key.startswith(PREFIX) and key.removeprefix(PREFIX) in names:
             ours[key.removeprefix(PREFIX)] = value
         elif not key.startswith(PREFIX) and plain in known:
-            inductor[key] = value
+            inductor[plain] = _of_type(key, value, _torch.option_type(plain))
         else:
             candidates = [PREFIX + n for n in sorted(names)] + sorted(known)
             near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.0)[0]
@@ -70,7 +70,9 @@ def _checked(values: dict[str, Any]) -> Options:
                 raise ValueError(f"{PREFIX}patterns: make patterns with liger_compile.make_pattern(...), not {item!r}")
         values["patterns"] = tuple(items)
     for key in ("enable", "disable"):
-        if values.get(key) is not None:
+        if values.get(key) is None:
+            values.pop(key, None)
+        else:
             values[key] = _names(key, values[key], values.get("patterns", ()))
     if values.get("logits", "lazy") not in ("lazy", "keep"):
         raise ValueError(f'{PREFIX}logits: "lazy" or "keep", not {values["logits"]!r}')
@@ -79,7 +81,15 @@ def _checked(values: dict[str, Any]) -> Options:
     return Options(**values)
 
 
+def _of_type(key: str, value: Any, expected: type | None) -> Any:
+    if expected is not None and not isinstance(value, expected):
+        raise ValueError(f"{key}: a value of type {expected.__name__}, not {value!r}")
+    return value
+
+
 def _names(key: str, value: Any, extra: tuple[Pattern, ...]) -> tuple[str, ...]:
+    if not isinstance(value, (str, Iterable)):
+        raise ValueError(f"{PREFIX}{key}: a list of names of patterns, not {value!r}")
     items = (value,) if isinstance(value, str) else tuple(value)
     known = sorted({p.name for p in patterns(extra)})
     for item in items:

@@ -52,6 +52,41 @@ class Pattern:
         return tuple(trace(self, choice) for choice in _choices(self.function))
 
 
+def target_of(replacement: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What a graph calls for a replacement, and the arguments fixed by `functools.partial`."""
+    fixed: dict[str, Any] = {}
+    while isinstance(replacement, functools.partial):
+        if replacement.args:
+            raise PatternError(f"replacement {replacement}: fix arguments by name, not by position")
+        fixed = {**replacement.keywords, **fixed}
+        replacement = replacement.func
+    replacement = getattr(replacement, "_opoverload", replacement)  # what torch.library.custom_op returns
+    if isinstance(replacement, torch._ops.OpOverloadPacket):
+        replacement = replacement.default
+    owner = getattr(replacement, "__self__", None)
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function) and replacement.__name__ == "apply":
+        replacement = _by_name(owner)
+    return replacement, fixed
+
+
+@functools.cache
+def _by_name(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply`, which takes its arguments by position, as a function of named operands that FX can print."""
+    signature = inspect.signature(function.forward)
+    if function.setup_context is torch.autograd.Function.setup_context:  # then the first argument is the context
+        signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    @functools.wraps(function.forward)
+    def apply(**operands: Any) -> Any:
+        bound = signature.bind(**operands)
+        bound.apply_defaults()
+        return function.apply(*bound.args)
+
+    apply.__name__ = apply.__qualname__ = function.__name__
+    apply.__signature__ = signature  # type: ignore[attr-defined]
+    return apply
+
+
 @dataclass(frozen=True)
 class Spelling:
     """One traced form of a pattern."""
@@ -68,7 +103,7 @@ class Spelling:
 
 def _choices(function: Callable[..., Any]) -> Iterator[dict[str, Any]]:
     """Every combination of the values of keyword-only parameters annotated with `Literal`."""
-    hints = typing.get_type_hints(function)
+    hints = _hints(function)
     names, values = [], []
     for p in inspect.signature(function).parameters.values():
         if p.kind is p.KEYWORD_ONLY:
@@ -134,6 +169,14 @@ def subterms(value: Any) -> Iterator[Term]:
             todo.extend(item)
 
 
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """A function's annotations; none if they cannot be evaluated (a name imported only for type checkers)."""
+    try:
+        return typing.get_type_hints(function)
+    except Exception:
+        return {}
+
+
 def _where(function: Callable[..., Any]) -> str:
     code = getattr(function, "__code__", None)
     at = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
@@ -145,8 +188,7 @@ _SCALARS = {"float", "int", "number", "bool", "SymInt", "Scalar"}
 
 def _kinds(pattern: Pattern) -> dict[str, str]:
     """ "tensor", "tensor?" or "scalar" for the parameters whose kind the replacement's schema or annotations tell."""
-    target = pattern.replacement
-    target = target.func if isinstance(target, functools.partial) else target
+    target, _ = target_of(pattern.replacement)
     kinds: dict[str, str] = {}
     if isinstance(target, torch._ops.OpOverload):
         for a in target._schema.arguments:
@@ -156,11 +198,7 @@ def _kinds(pattern: Pattern) -> dict[str, str]:
             else:
                 kinds[a.name] = "scalar"
     for function in (target, pattern.function):
-        try:
-            hints = typing.get_type_hints(function)
-        except (TypeError, NameError):
-            continue
-        for name, hint in hints.items():
+        for name, hint in _hints(function).items():
             options = set(typing.get_args(hint)) or {hint}
             if torch.Tensor in options:
                 kinds[name] = "tensor?" if type(None) in options else "tensor"
@@ -239,6 +277,11 @@ class TensorProxy:
 
     def _apply(self, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = call_name(target)
+        if (name or "").endswith("_") or kwargs.get("inplace") is True or kwargs.get("out") is not None:
+            raise PatternError(f"writes to its operand with {name}; compute the result without changing anything")
+        for a in (*args, *kwargs.values()):
+            if isinstance(a, torch.Tensor):
+                raise PatternError("computes with a tensor made in the function; make it a parameter, or a number")
         plain = [_unwrap(a) for a in args]
         result = canonical(Call(self.terms), name, target, plain, {k: _unwrap(v) for k, v in kwargs.items()}, None)
         if isinstance(result, tuple):
@@ -263,7 +306,15 @@ class TensorProxy:
             raise PatternError(
                 f"reads .{name}, which is not known when the pattern is traced; use check= for conditions"
             )
+        if name in ("item", "tolist", "numpy"):
+            raise PatternError(f"uses .{name}(), whose result is not a tensor")
         return lambda *args, **kwargs: self._apply(name, (self, *args), kwargs)
+
+    def __repr__(self) -> str:
+        return describe(self.term)
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise PatternError("is passed to NumPy; write the pattern with torch functions")
 
     @property
     def dtype(self) -> Any:
@@ -277,7 +328,10 @@ class TensorProxy:
         return self.shape if dim is None else self.shape[dim]
 
     __bool__ = __float__ = __int__ = __index__ = __len__ = __iter__ = __contains__ = _no_branching  # type: ignore[assignment]
-    __lt__ = __le__ = __gt__ = __ge__ = _no_branching  # type: ignore[assignment]
+    __hash__ = object.__hash__  # comparisons are tensors
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise PatternError("writes to its operand with []; compute the result without changing anything")
 
     def __getitem__(self, index: Any) -> Any:
         return self._apply("getitem", (self, index), {})
@@ -296,3 +350,5 @@ def _tensor_operator(fn: str, swapped: bool) -> Callable[[TensorProxy, Any], Any
 for _fn in ("add", "sub", "mul", "truediv", "pow", "matmul"):
     setattr(TensorProxy, f"__{_fn}__", _tensor_operator(_fn, False))
     setattr(TensorProxy, f"__r{_fn}__", _tensor_operator(_fn, True))
+for _fn in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(TensorProxy, f"__{_fn}__", _tensor_operator(_fn, False))

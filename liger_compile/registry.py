@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -77,7 +78,17 @@ def make_pattern(
     examples: Examples | None = None,
 ) -> Pattern:
     """A pattern for one compilation (`options={"liger.patterns": [...]}`), checked but not registered."""
-    made = Pattern(name or function.__name__, function, replacement, check, recompute, on_demand, examples)
+    for what, value in (("function", function), ("replacement", replacement), ("check", check), ("examples", examples)):
+        if not callable(value) and not (value is None and what in ("check", "examples")):
+            raise PatternError(f"pattern {name or function!r}: {what}={value!r} cannot be called; give a function")
+    name = getattr(function, "__name__", None) if name is None else name
+    if not isinstance(name, str) or not name:
+        raise PatternError(f"pattern {function!r}: name={name!r}; give it a name that reports can use")
+    try:
+        inspect.signature(function)
+    except (TypeError, ValueError) as error:
+        raise PatternError(f"{_where(function)}: has no signature; call it in a function of the operands") from error
+    made = Pattern(name, function, replacement, check, recompute, on_demand, examples)
     target, fixed = target_of(replacement)
     accepted = parameters_of(target)
     for spelling in made.spellings:

@@ -105,6 +105,7 @@ class _Taken:
         self.view = view
         self.nodes: set[fx.Node] = set()
         self.terms: set[Term] = set()
+        self.outputs: set[fx.Node] = set()
 
     def add(self, nodes: Iterable[fx.Node]) -> None:
         for node in nodes:
@@ -138,8 +139,11 @@ def _match_at(
             place = Place.of(view.carriers[anchor][0])
             refused.append(_Refusal(Miss(name, place.source, place.module, str(illegal)), frozenset(nodes)))
             continue
+        if any(node in taken.outputs for site in legal for node in site.interior):
+            continue  # would take apart what another pattern has replaced
         for site in legal:
             taken.add((*site.outputs, *site.interior))
+            taken.outputs.update(site.outputs)
         return legal
     return []
 

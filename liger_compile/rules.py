@@ -99,7 +99,7 @@ def widens(x: Term) -> bool:
     return x.op == "cast" and _is_upcast(x.args[0].dtype, x.dtype)
 
 
-@rule("to", "type")
+@rule("to", "type", "_to_copy")
 def _to(c: Call, x: Term, *args: Any, dtype: Any = None, device: Any = None, other: Any = None, **_: Any) -> Term:
     for a in (*args, other):
         if isinstance(a, (torch.dtype, Expr)):

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from liger_compile import ops
+from liger_compile.graph_terms import value_of
 from liger_compile.match import Match
 from liger_compile.registry import pattern
 
@@ -28,7 +29,7 @@ def rotate_part(x, cos, sin, upcast):
 
 def check(match: Match) -> str | None:
     for name in ("cos", "sin"):
-        if any(n.meta["example_value"].requires_grad for n in match.nodes(name)):
+        if any(value_of(n).requires_grad for n in match.nodes(name)):
             return f"{name} needs a gradient, which the kernel does not compute"
     for name in ("x", "q", "k"):
         if name in match.captures and not 2 <= len(match.shape(name)) <= 4:

@@ -27,3 +27,14 @@ def fresh():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def registered():
+    """The list of registered patterns, put back afterwards."""
+    from liger_compile import registry
+
+    registry.load_builtin()
+    before = list(registry._PATTERNS)
+    yield registry._PATTERNS
+    registry._PATTERNS[:] = before

@@ -30,6 +30,21 @@ def report_of(function: Callable[..., Any], *args: Any, options: Options | None 
     return rewrite(capture(function, *args, **kwargs), options)
 
 
+def rewritten(
+    reports: list[Report] | None = None, backend: str = "eager", options: Options | None = None
+) -> Callable[..., Any]:
+    """A backend that runs rewritten graphs as they are, without compiling them, or by another backend."""
+
+    def run(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        report = rewrite(gm, options)
+        if reports is not None:
+            reports.append(report)
+        after = report.graphs[0].after
+        return after.forward if backend == "eager" else torch._dynamo.lookup_backend(backend)(after, example_inputs)
+
+    return run
+
+
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """||value - reference|| / ||reference||, in float64."""
     value, reference = value.double(), reference.double()

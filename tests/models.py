@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from helpers import relative_error
 from transformers import AutoConfig, AutoModelForCausalLM
 
 SMALL = {
@@ -70,3 +71,15 @@ def step(
     loss = call(**inputs).loss
     loss.backward()
     return loss.detach(), gradients(model)
+
+
+def assert_same_step(
+    model: torch.nn.Module, call: Any, inputs: dict[str, torch.Tensor], tolerance: float = 1e-4
+) -> None:
+    """The loss and every gradient of `call` are those of the model itself, in eager."""
+    loss, grads = step(model, model, inputs)
+    our_loss, our_grads = step(model, call, inputs)
+    assert abs(our_loss - loss) <= tolerance * abs(loss)
+    assert our_grads.keys() == grads.keys()
+    for name, grad in grads.items():
+        assert relative_error(our_grads[name], grad) <= tolerance, name

@@ -7,38 +7,16 @@ import re
 
 import pytest
 import torch
-from helpers import Accuracy, relative_error
+from helpers import Accuracy, relative_error, rewritten
 
 pytest.importorskip("transformers")
 
-from models import FAMILIES, SITES, batch, build, gradients, step
+from models import FAMILIES, SITES, assert_same_step, batch, build, gradients, step
 
 import liger_compile
-from liger_compile import rewrite
 
 SPELLED_OUT = re.compile(r"rsqrt\(|silu\(|gelu\(|cross_entropy\(|torch\.cat\(\(neg")
 each_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def rewritten(reports=None, **options):
-    """A backend that runs rewritten graphs as they are, without compiling them."""
-
-    def backend(gm, example_inputs):
-        report = rewrite(gm, **options)
-        if reports is not None:
-            reports.append(report)
-        return report.graphs[0].after.forward
-
-    return backend
-
-
-def assert_same_step(model, call, inputs, tolerance=1e-4):
-    loss, grads = step(model, model, inputs)
-    our_loss, our_grads = step(model, call, inputs)
-    assert abs(our_loss - loss) <= tolerance * abs(loss)
-    assert our_grads.keys() == grads.keys()
-    for name, grad in grads.items():
-        assert relative_error(our_grads[name], grad) <= tolerance, name
 
 
 @each_family

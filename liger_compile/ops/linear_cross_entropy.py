@@ -69,8 +69,9 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) 
         raise ValueError(
             f"linear_cross_entropy: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}; needs [N, H], [V, H]"
         )
-    if hidden.dtype != weight.dtype or (bias is not None and bias.dtype != hidden.dtype):
-        raise ValueError(f"linear_cross_entropy: hidden is {hidden.dtype}, weight {weight.dtype}; they must agree")
+    dtypes = [t.dtype for t in (hidden, weight, bias) if t is not None]
+    if len(set(dtypes)) > 1:
+        raise ValueError(f"linear_cross_entropy: hidden, weight and bias are {dtypes}; they must agree")
     if bias is not None and (bias.ndim != 1 or bias.shape[0] != weight.shape[0]):
         raise ValueError(f"linear_cross_entropy: bias has shape {tuple(bias.shape)}, needs [{weight.shape[0]}]")
     if target.ndim != 1 or target.shape[0] != hidden.shape[0] or target.dtype != torch.int64:
@@ -138,7 +139,7 @@ def _reference_rows(logits: Tensor, target: Tensor, ignore_index: int, how: Tran
     lse = torch.logsumexp(z, dim=1, keepdim=True)
     loss = torch.where(counted, (lse - z.gather(1, index)).squeeze(1), 0)
     if gradient:
-        z.sub_(lse).exp_()
+        z = torch.softmax(z, dim=1)  # sums to 1; exp(z - lse) would be off by the rounding of lse, a factor for the row
         z.scatter_add_(1, index, z.new_full((), -1).expand_as(index))
         logits.copy_(torch.where(counted.unsqueeze(1), z if slope is None else z * slope, 0))
     return loss
@@ -295,22 +296,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden, weight, bias, target, ignore_index, *transform, *need, ctx.whole
         )
         loss, inverse = _reduce(losses, target, ignore_index, reduction, weight.shape[0])
-        ctx.save_for_backward(inverse, *((dlogits, hidden, weight) if ctx.whole else gradients))
+        known = weight if need[1] else hidden if need[0] else bias
+        ctx.save_for_backward(known, inverse, *((dlogits, hidden, weight) if ctx.whole else gradients))
         ctx.dtype = hidden.dtype
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
-        inverse, *saved = ctx.saved_tensors
-        scale = dloss * inverse
+        known, inverse, *saved = ctx.saved_tensors
         need = ctx.needs_input_grad[:3]
-        if ctx.whole:
-            gradients = linear_cross_entropy_backward(*saved, scale, need[0], need[2])
-        else:
-            gradients = [(g * scale).to(ctx.dtype) if needed else None for g, needed in zip(saved, need, strict=True)]
-        gradients = [g if needed else None for g, needed in zip(gradients, need, strict=True)]
+        with torch.no_grad():
+            scale = dloss * inverse
+            if ctx.whole:
+                gradients = linear_cross_entropy_backward(*saved, scale, need[0], need[2])
+            else:
+                gradients = [(g * scale).to(ctx.dtype) if n else None for g, n in zip(saved, need, strict=True)]
+        gradients = [g if n else None for g, n in zip(gradients, need, strict=True)]
+        if torch.is_grad_enabled():  # create_graph=True: they must not pass for constants
+            gradients = _Final.apply(known, dloss, *gradients)
         return *gradients, *(None,) * (len(ctx.needs_input_grad) - 3)
+
+
+class _Final(torch.autograd.Function):
+    """Gradients, tied to what they depend on only so that differentiating them again is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, known: Tensor, dloss: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"{_NAME} has no second derivative; compute this gradient without create_graph=True, or compile with "
+            'options={"liger.disable": "linear_cross_entropy"}'
+        )
 
 
 _NAME = f"{NAMESPACE}::linear_cross_entropy"

@@ -1,0 +1,387 @@
+"""The ops by themselves: torch's own checks, errors, edge cases, what they must not compute. Walks the namespace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import Accuracy, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from liger_compile import ops
+
+OPS = torch.ops.liger_compile
+
+
+def some(*shape, dtype=torch.float32, grad=True):
+    return torch.randn(shape).to(dtype).requires_grad_(grad)
+
+
+def fixed(*shape, dtype=torch.float32):
+    return some(*shape, dtype=dtype, grad=False)
+
+
+def labels(n=6, classes=9):
+    target = torch.randint(classes, (n,))
+    target[1::3] = -100
+    return target
+
+
+def half(*shape, grad=True):
+    return some(*shape, dtype=torch.bfloat16, grad=grad)
+
+
+def transposed(*shape):
+    return fixed(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2).requires_grad_()
+
+
+TRANSFORM = (-100, 0.5, 3.0, 2.0, True)
+PLAIN = (-100, 1.0, 1.0, 0.0, False)
+
+SAMPLES = {
+    # every op of the namespace: functions that make (arguments, keyword arguments)
+    "rms_norm": [
+        lambda: ((some(4, 8), some(8), 1e-6), {}),
+        lambda: ((some(2, 3, 8), None, 1e-6, 0.0, "result"), {}),
+        lambda: ((transposed(2, 3, 8), some(8), 1e-5, 1.0, "factor"), {}),
+        lambda: ((half(4, 8), some(8), 1e-6), {}),
+        lambda: ((half(4, 8), half(8), 1e-6), {"rounding": "result", "offset": 1.0}),
+        lambda: ((fixed(4, 8), some(8), 1e-6), {}),
+        lambda: ((some(4, 8), fixed(8), 1e-6), {}),
+        lambda: ((some(0, 8), some(8), 1e-6), {}),
+    ],
+    "rms_norm_backward": [
+        lambda: ((fixed(4, 8), fixed(4, 8), fixed(8), 1e-6, 0.0, "normed", True), {}),
+        lambda: ((fixed(4, 8), fixed(4, 8), fixed(8), 1e-6, 1.0, "result", False), {}),
+        lambda: ((fixed(4, 8), fixed(8, 4).t(), None, 1e-6, 0.0, "factor", False), {}),
+    ],
+    "glu": [
+        lambda: ((some(4, 8), some(4, 8)), {}),
+        lambda: ((half(2, 3, 8), half(2, 3, 8), "gelu"), {}),
+        lambda: ((transposed(4, 8), some(4, 8), "gelu_tanh"), {}),
+        lambda: ((some(4, 8), fixed(4, 8)), {}),
+        lambda: ((some(0, 8), some(0, 8)), {}),
+    ],
+    "glu_backward": [
+        lambda: ((fixed(4, 8), fixed(4, 8), fixed(8, 4).t(), "silu"), {}),
+        lambda: ((half(4, 8, grad=False),) * 3 + ("gelu_tanh",), {}),
+    ],
+    "packed_glu": [
+        lambda: ((some(4, 8),), {}),
+        lambda: ((half(2, 3, 8), "gelu", False), {}),
+        lambda: ((transposed(4, 8), "gelu_tanh"), {}),
+        lambda: ((some(0, 8),), {}),
+    ],
+    "packed_glu_backward": [
+        lambda: ((fixed(4, 8), fixed(4, 16), "silu", True), {}),
+        lambda: ((fixed(4, 8), fixed(16, 4).t(), "gelu", False), {}),
+    ],
+    "rope": [
+        lambda: ((some(2, 3, 5, 8), fixed(5, 8), fixed(5, 8)), {}),
+        lambda: ((some(2, 5, 3, 8).transpose(1, 2), fixed(2, 1, 5, 6), fixed(2, 1, 5, 6)), {"contiguous": True}),
+        lambda: ((half(5, 8), fixed(5, 8), fixed(5, 8)), {"promote": True}),
+        lambda: ((half(5, 8), half(5, 8, grad=False), half(5, 8, grad=False)), {"upcast": True}),
+        lambda: ((some(0, 8), fixed(0, 8), fixed(0, 8)), {}),
+    ],
+    "rope_backward": [
+        lambda: ((fixed(5, 8), fixed(5, 8), fixed(5, 8), [8, 1], torch.float32, False), {}),
+        lambda: ((fixed(5, 8), fixed(5, 6), fixed(5, 6), [1, 5], torch.bfloat16, True), {}),
+    ],
+    "rope_pair": [
+        lambda: ((some(2, 3, 5, 8), some(2, 1, 5, 8), fixed(5, 8), fixed(5, 8)), {}),
+        lambda: ((half(2, 3, 5, 8), half(2, 1, 5, 8), fixed(5, 6), fixed(5, 6), True, True, True), {}),
+        lambda: ((some(2, 3, 5, 8), fixed(2, 1, 5, 8), fixed(5, 8), fixed(5, 8)), {}),
+    ],
+    "rope_pair_backward": [
+        lambda: (
+            (fixed(5, 8), fixed(5, 8), fixed(5, 8), fixed(5, 8), [8, 1], [1, 5], torch.float32, False),
+            {},
+        ),
+    ],
+    "linear_cross_entropy": [
+        lambda: ((some(6, 8), some(9, 8), some(9), labels()), {}),
+        lambda: ((some(6, 8), some(9, 8), None, labels()), {"reduction": "sum", "softcap": 3.0}),
+        lambda: ((half(6, 8), half(9, 8), None, labels().abs() % 9, 2), {"scale": 0.5, "divisor": 3.0, "wide": True}),
+        lambda: ((some(40, 8), some(9, 8), None, labels(40)), {}),  # in chunks
+        lambda: ((some(6, 8), fixed(9, 8), None, labels()), {}),
+        lambda: ((fixed(6, 8), fixed(9, 8), some(9), labels()), {}),
+        lambda: ((fixed(6, 8), fixed(9, 8), None, labels()), {}),
+    ],
+    "linear_cross_entropy_forward": [
+        lambda: ((fixed(6, 8), fixed(9, 8), fixed(9), labels(), *TRANSFORM, True, True, True, False), {}),
+        lambda: ((fixed(6, 8), fixed(9, 8), fixed(9), labels(), *PLAIN, True, True, True, True), {}),
+        lambda: ((fixed(6, 8), fixed(9, 8), None, labels(), *PLAIN, False, True, False, False), {}),
+        lambda: ((fixed(6, 8), fixed(9, 8), None, labels(), *PLAIN, False, False, False, False), {}),
+        lambda: ((fixed(0, 8), fixed(9, 8), None, labels(0), *PLAIN, True, True, False, False), {}),
+    ],
+    "linear_cross_entropy_backward": [
+        lambda: ((fixed(6, 9), fixed(6, 8), fixed(9, 8), torch.tensor(0.3), True, True), {}),
+        lambda: ((fixed(6, 9), fixed(6, 8), fixed(9, 8), torch.tensor(0.3), False, False), {}),
+    ],
+}
+
+
+def test_every_op_has_samples():
+    names = {n.partition("::")[2] for n in torch._C._dispatch_get_all_op_names() if n.startswith("liger_compile::")}
+    assert names == set(SAMPLES)
+    assert set(ops.__all__) <= names
+
+
+@pytest.mark.parametrize("name, sample", [(n, i) for n, made in SAMPLES.items() for i in range(len(made))])
+def test_opcheck(name, sample):
+    args, kwargs = SAMPLES[name][sample]()
+    torch.library.opcheck(getattr(OPS, name).default, args, kwargs)
+
+
+# ---- errors -------------------------------------------------------------------------------------------------------
+
+
+Y = torch.tensor([1, 2, -100, 4])
+ERRORS = [
+    (lambda: ops.rms_norm(some(4, 8), some(7), 1e-6), r"rms_norm: weight has shape \(7,\), x needs \[8\]"),
+    (lambda: ops.rms_norm(some(4, 8), some(4, 8), 1e-6), r"rms_norm: weight has shape \(4, 8\), x needs \[8\]"),
+    (lambda: ops.rms_norm(some(4, 8), some(8), 1e-6, 0.0, "late"), r"rounding is one of .*'normed'.*, not 'late'"),
+    (lambda: ops.glu(some(4, 8), some(4, 7)), r"glu: gate .*\(4, 8\) and up .*\(4, 7\) must be alike"),
+    (lambda: ops.glu(some(4, 8), half(4, 8)), r"glu: gate torch\.float32.* and up torch\.bfloat16.* must be alike"),
+    (lambda: ops.glu(some(4, 8), some(4, 8), "relu"), r"activation is one of .*'silu'.*, not 'relu'"),
+    (lambda: ops.packed_glu(some(4, 7)), r"packed_glu: the last dimension, 7, must be even"),
+    (lambda: ops.packed_glu(some(4, 8), "relu"), r"activation is one of .*, not 'relu'"),
+    (lambda: ops.rope(some(4, 8), fixed(4, 8), fixed(4, 6)), r"rope: cos .*\(4, 8\) and sin .*\(4, 6\) must be alike"),
+    (lambda: ops.rope(some(4, 8), fixed(4, 8), half(4, 8, grad=False)), r"cos .*float32.* and sin .*bfloat16"),
+    (lambda: ops.rope(some(4, 8), fixed(4, 5), fixed(4, 5)), r"cos has 5 components, which must be even"),
+    (lambda: ops.rope(some(4, 8), fixed(4, 10), fixed(4, 10)), r"cos has 10 components, .* at most x's 8"),
+    (lambda: ops.rope(some(4, 8), fixed(2, 4, 8), fixed(2, 4, 8)), r"cos \(2, 4, 8\) does not broadcast to x \(4, 8\)"),
+    (lambda: ops.rope(some(1, 1, 1, 4, 8), fixed(4, 8), fixed(4, 8)), r"does not broadcast to x \(1, 1, 1, 4, 8\)"),
+    (lambda: ops.rope(some(4, 8), some(4, 8), some(4, 8)), r"cos and sin are constants; detach them"),
+    (lambda: ops.rope_pair(some(4, 8), some(4, 8), some(4, 8), fixed(4, 8)), r"cos and sin are constants"),
+    (lambda: ops.linear_cross_entropy(some(4, 8), some(7, 9), None, Y), r"hidden \(4, 8\), weight \(7, 9\); needs"),
+    (lambda: ops.linear_cross_entropy(some(2, 2, 8), some(7, 8), None, Y), r"hidden \(2, 2, 8\), .* needs \[N, H\]"),
+    (lambda: ops.linear_cross_entropy(some(4, 8), half(7, 8), None, Y), r"float32, torch\.bfloat16\]; they must agree"),
+    (lambda: ops.linear_cross_entropy(some(4, 8), some(7, 8), half(7), Y), r"bias are .*bfloat16\]; they must agree"),
+    (lambda: ops.linear_cross_entropy(some(4, 8), some(7, 8), some(6), Y), r"bias has shape \(6,\), needs \[7\]"),
+    (lambda: ops.linear_cross_entropy(some(4, 8), some(7, 8), None, Y[:3]), r"int64\(3,\), needs int64\[4\]"),
+    (lambda: ops.linear_cross_entropy(some(4, 8), some(7, 8), None, Y.int()), r"target is torch\.int32.* needs int64"),
+    (lambda: ops.linear_cross_entropy(some(4, 8), some(7, 8), None, Y, reduction="none"), r"one of .*, not 'none'"),
+    (lambda: ops.linear_cross_entropy(fixed(4, 8), fixed(7, 8), None, Y, reduction="max"), r"one of .*, not 'max'"),
+]
+
+
+@pytest.mark.parametrize("call, message", ERRORS, ids=[f"{i}" for i in range(len(ERRORS))])
+def test_error(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+    with pytest.raises(ValueError, match=message), torch.device("meta"):  # the fakes refuse the same
+        call()
+
+
+@pytest.mark.parametrize("label", [7, -1, 10**6])
+def test_label_out_of_range(label):
+    """As eager: an IndexError that names the label."""
+    h, w, y = some(4, 8), some(7, 8), torch.tensor([0, 1, -100, label])
+    for function in (lambda: ops.linear_cross_entropy(h, w, None, y), lambda: F.cross_entropy(F.linear(h, w), y)):
+        with pytest.raises(IndexError, match=f"Target {label} is out of bounds"):
+            function()
+
+
+def test_an_ignored_label_may_be_any_number():
+    h, w = some(4, 8), some(7, 8)
+    for ignored in (-1, 7, 10**6, 3):
+        y = torch.tensor([0, 1, ignored, 6])
+        eager = F.cross_entropy(F.linear(h, w), y, ignore_index=ignored)
+        assert relative_error(ops.linear_cross_entropy(h, w, None, y, ignored).detach(), eager.detach()) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [0, 4, 40])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_no_label_counts(rows, reduction):
+    """As eager: the mean of nothing is NaN, the sum is 0, and no gradient is NaN."""
+    h, w, b = some(rows, 8), some(7, 8), some(7)
+    y = torch.full((rows,), -100)
+    loss = ops.linear_cross_entropy(h, w, b, y, reduction=reduction)
+    eager = F.cross_entropy(F.linear(h, w, b), y, reduction=reduction)
+    assert torch.equal(loss.isnan(), eager.isnan()) and loss.isnan() == (reduction == "mean")
+    assert loss.isnan() or loss == 0
+    for ours, theirs in zip(torch.autograd.grad(loss, (h, w, b)), torch.autograd.grad(eager, (h, w, b)), strict=True):
+        assert torch.equal(ours, theirs) and not ours.any()
+
+
+@pytest.mark.parametrize("rows", [64, 600], ids=["whole", "chunks"])
+def test_logits_with_a_large_part_in_common(rows):
+    """Embeddings of real models point one way. That part cancels, if a row's gradient sums to nothing."""
+    accuracy = Accuracy()
+    for _ in range(4):
+        h, w, y = torch.randn(rows, 32) + 5, torch.randn(500, 32) * 0.3 + 0.5, torch.randint(500, (rows,))
+
+        def gradients(loss, h, w):
+            h, w = h.clone().requires_grad_(), w.clone().requires_grad_()
+            return torch.autograd.grad(loss(h, w), (h, w))
+
+        def eager(h, w, y=y):
+            return F.cross_entropy(F.linear(h, w), y)
+
+        ours = gradients(lambda h, w, y=y: ops.linear_cross_entropy(h, w, None, y), h, w)
+        both = gradients(eager, h, w), gradients(eager, h.double(), w.double())
+        for name, o, e, x in zip(("dhidden", "dweight"), ours, *both, strict=True):
+            accuracy.add(name, o, e, x)
+    accuracy.check(rows=4 * rows)
+
+
+# ---- what nobody needs is not computed -----------------------------------------------------------------------------
+
+
+class Calls(TorchDispatchMode):
+    """The ops of ours that run, with their arguments by name and their results."""
+
+    def __enter__(self):
+        self.seen = {}
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "liger_compile":
+            names = [a.name for a in func._schema.arguments]
+            self.seen[func._opname] = dict(zip(names, args, strict=False)), result
+        return result
+
+
+@pytest.mark.parametrize("rows", [4, 40], ids=["whole", "chunks"])
+@pytest.mark.parametrize("trained", ["hidden", "weight", "bias", "hidden bias", "hidden weight bias", ""])
+def test_loss_computes_only_the_gradients_of_what_is_trained(trained, rows):
+    given = {"hidden": fixed(rows, 8), "weight": fixed(7, 8), "bias": fixed(7)}
+    for name in trained.split():
+        given[name].requires_grad_()
+    y = labels(rows, 7)
+    with Calls() as calls:
+        loss = ops.linear_cross_entropy(*given.values(), y)
+    args, (_, dlogits, *gradients) = calls.seen["linear_cross_entropy_forward"]
+    whole = rows == 4 and "weight" in trained
+    assert args["whole"] == whole and bool(dlogits.numel()) == whole
+    for name, gradient in zip(given, gradients, strict=True):
+        assert args[f"need_d{name}"] == (name in trained)
+        assert bool(gradient.numel()) == (name in trained and not whole), name
+    if trained:
+        eager = F.cross_entropy(F.linear(*given.values()), y)
+        wanted = [given[name] for name in trained.split()]
+        for o, e in zip(torch.autograd.grad(loss, wanted), torch.autograd.grad(eager, wanted), strict=True):
+            assert relative_error(o, e) < 1e-5
+    else:
+        assert not loss.requires_grad
+
+
+def test_loss_without_gradients_at_all():
+    h, w, y = some(4, 8), some(7, 8), labels(4, 7)
+    with torch.no_grad(), Calls() as calls:
+        loss = ops.linear_cross_entropy(h, w, None, y)
+    args, results = calls.seen["linear_cross_entropy_forward"]
+    assert not any(args[n] for n in ("need_dhidden", "need_dweight", "need_dbias", "whole"))
+    assert not any(r.numel() for r in results[1:])
+    assert relative_error(loss, F.cross_entropy(F.linear(h, w), y).detach()) < 1e-6
+
+
+@pytest.mark.parametrize("weight", [None, fixed(8), some(8)], ids=["none", "frozen", "trained"])
+def test_norm_computes_the_weights_gradient_only_if_it_is_trained(weight):
+    x = some(4, 8)
+    y = ops.rms_norm(x, weight, 1e-6)
+    with Calls() as calls:
+        y.sum().backward()
+    args, (_, dweight) = calls.seen["rms_norm_backward"]
+    trained = weight is not None and weight.requires_grad
+    assert args["need_dweight"] == trained and bool(dweight.numel()) == trained
+    assert x.grad is not None
+
+
+def test_integers_have_no_gradient():
+    h, w, y = some(4, 8), some(7, 8), labels(4, 7)
+    loss = ops.linear_cross_entropy(h, w, None, y)
+    assert [node is None for node, _ in loss.grad_fn.next_functions] == [False, False, True]
+    loss.backward()
+    assert y.grad is None and h.grad is not None
+
+
+# ---- beyond the first derivative -----------------------------------------------------------------------------------
+
+C = fixed(5, 8)
+TWICE = {
+    "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-6), lambda: (some(5, 8), some(8))),
+    "glu": (ops.glu, lambda: (some(5, 8), some(5, 8))),
+    "packed_glu": (ops.packed_glu, lambda: (some(5, 8),)),
+    "linear_cross_entropy": (lambda h, w: ops.linear_cross_entropy(h, w, None, Y), lambda: (some(4, 8), some(7, 8))),
+    "linear_cross_entropy in chunks": (
+        lambda h, w: ops.linear_cross_entropy(h, w, None, Y.repeat(10)),
+        lambda: (some(40, 8), some(7, 8)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize("power", [1, 2])
+def test_second_derivative_is_an_error(name, power):
+    """Not a zero: a penalty on gradients must not be dropped in silence."""
+    function, operands = TWICE[name]
+    operands = operands()
+    loss = function(*operands).pow(power).sum()
+    gradients = torch.autograd.grad(loss, operands, create_graph=True)
+    penalty = sum(g.square().sum() for g in gradients)
+    with pytest.raises(RuntimeError, match="no second derivative; compute this gradient without create_graph=True"):
+        torch.autograd.grad(loss + penalty, operands)
+
+
+def test_second_derivative_of_the_loss_with_a_frozen_side():
+    for trained in range(2):
+        operands = [fixed(4, 8), fixed(7, 8)]
+        operands[trained].requires_grad_()
+        loss = ops.linear_cross_entropy(*operands, None, Y)
+        (gradient,) = torch.autograd.grad(loss, operands[trained], create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            (loss + gradient.square().sum()).backward()
+
+
+def test_create_graph_alone_gives_the_same_gradients():
+    for function, operands in TWICE.values():
+        made = operands()
+        first = torch.autograd.grad(function(*made).sum(), made)
+        second = torch.autograd.grad(function(*made).sum(), made, create_graph=True)
+        assert all(map(torch.equal, first, second))
+
+
+def test_a_rotation_is_linear():
+    """Its gradient does not hang on x, so there is nothing to refuse until the incoming gradient needs one."""
+    x = some(5, 8)
+    (gradient,) = torch.autograd.grad(ops.rope(x, C, C).sum(), x, create_graph=True)
+    assert not gradient.requires_grad
+    (gradient,) = torch.autograd.grad(ops.rope(x, C, C).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="rope_backward has no second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_transforms_are_an_error(name):
+    """torch.library's formulas do not work in torch.func; the graph rewriter leaves such regions alone."""
+    function, operands = TWICE[name]
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda *args: function(*args).sum())(*(o.detach() for o in operands()))
+
+
+def test_vmap_of_elementwise_ops():
+    g, u = fixed(3, 4, 8), fixed(3, 4, 8)
+    assert torch.equal(torch.vmap(ops.glu)(g, u), ops.glu(g, u))
+    assert torch.equal(torch.vmap(lambda x: ops.rms_norm(x, None, 1e-6))(g), ops.rms_norm(g, None, 1e-6))
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        h, w = torch.randn(4, 8), torch.randn(7, 8)
+        eager = F.cross_entropy(F.linear(h, w), Y)
+        assert relative_error(ops.linear_cross_entropy(h, w, None, Y), eager) < 1e-6
+        assert ops.rms_norm(h, None, 1e-6).is_inference()
+
+
+def test_under_autocast_the_ops_compute_as_they_are_given():
+    """They say which dtypes they take; autocast around them changes nothing."""
+    h, w = some(4, 8), some(7, 8)
+    expected = ops.linear_cross_entropy(h, w, None, Y)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ops.linear_cross_entropy(h, w, None, Y)
+    assert torch.equal(loss, expected)
+    for a, b in zip(torch.autograd.grad(loss, (h, w)), torch.autograd.grad(expected, (h, w)), strict=True):
+        assert torch.equal(a, b)
