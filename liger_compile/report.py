@@ -87,7 +87,7 @@ class Report:
 
     def __str__(self) -> str:
         graphs = f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}"
-        lines = [f"liger_compile: {len(self.matches)} rewrites in {graphs}"]
+        lines = [f"liger_compile: {len(self.matches)} rewrite{'s' * (len(self.matches) != 1)} in {graphs}"]
         if self.matches:
             rows = [("pattern", "rewrites", "in modules")]
             for name, count in sorted(self.counts.items()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import subprocess
 import sys
@@ -56,6 +57,16 @@ def assert_like_eager(ours, eager, args, tolerance=1e-5):
     for o, e in zip(*found, strict=True):
         assert o.dtype == e.dtype and o.shape == e.shape
         assert relative_error(o, e) <= tolerance
+
+
+@pytest.fixture
+def process_group():
+    """Of this process alone."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch is built without distributed")
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
@@ -436,30 +447,58 @@ def test_tensor_subclass(configs, reports):
     }
 
 
-def test_distributed_tensor(configs, reports):
-    if not torch.distributed.is_available():
-        pytest.skip("torch is built without distributed")
+def test_distributed_tensor(configs, reports, process_group):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        x = distribute_tensor(torch.randn(6, 8), mesh, [Shard(0)]).requires_grad_()
-        w = distribute_tensor(torch.randn(8), mesh, [Replicate()]).requires_grad_()
+    mesh = init_device_mesh("cpu", (1,))
+    x = distribute_tensor(torch.randn(6, 8), mesh, [Shard(0)]).requires_grad_()
+    w = distribute_tensor(torch.randn(8), mesh, [Replicate()]).requires_grad_()
 
-        def mixed(x, w):
-            y = layer(x, w)
-            return y.to_local().sum() + layer(x.to_local(), w.to_local()).sum()
+    def mixed(x, w):
+        y = layer(x, w)
+        return y.to_local().sum() + layer(x.to_local(), w.to_local()).sum()
 
-        ours, eager = torch.compile(mixed, backend="liger")(x, w), mixed(x, w)
-        assert reports[0].counts == BOTH  # of the local tensors
-        assert any("is a DTensor, a tensor subclass" in m.reason for m in reports[0].misses)
-        assert relative_error(ours.detach(), eager.detach()) < 1e-5
-        for o, e in zip(torch.autograd.grad(ours, (x, w)), torch.autograd.grad(eager, (x, w)), strict=True):
-            assert relative_error(o.to_local(), e.to_local()) < 1e-5
-    finally:
-        torch.distributed.destroy_process_group()
+    ours, eager = torch.compile(mixed, backend="liger")(x, w), mixed(x, w)
+    assert reports[0].counts == BOTH  # of the local tensors
+    assert any("is a DTensor, a tensor subclass" in m.reason for m in reports[0].misses)
+    assert relative_error(ours.detach(), eager.detach()) < 1e-5
+    for o, e in zip(torch.autograd.grad(ours, (x, w)), torch.autograd.grad(eager, (x, w)), strict=True):
+        assert relative_error(o.to_local(), e.to_local()) < 1e-5
+
+
+class Blocks(nn.Module):
+    """Weights of 1 MiB each, so that DDP has several buckets."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.RMSNorm(512, eps=1e-6) for _ in range(3))
+        self.linears = nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(3))
+
+    def forward(self, x, y):
+        for norm, linear in zip(self.norms, self.linears, strict=True):
+            x = x + linear(F.silu(x) * norm(x))
+        logits = F.linear(x, self.linears[0].weight)
+        return F.cross_entropy(logits.float(), y), logits
+
+
+def test_data_parallel(configs, reports, process_group):
+    """Dynamo splits the graph where buckets end, and the backend gets the pieces."""
+    model = Blocks()
+    x, y = torch.randn(6, 512), torch.randint(512, (6,))
+    losses, grads = [], []
+    for call in (model, torch.compile(nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1), backend="liger")):
+        loss, logits = call(x, y)
+        (loss + logits.square().mean()).backward()
+        losses.append(loss.detach())
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+        model.zero_grad()
+    assert len(reports) > 1
+    total = sum((collections.Counter(r.counts) for r in reports), collections.Counter())
+    assert total == {"rms_norm": 3, "swiglu": 3, "linear_cross_entropy": 1}
+    assert relative_error(losses[1], losses[0]) < 1e-5
+    for name, grad in grads[0].items():
+        assert relative_error(grads[1][name], grad) < 1e-5, name
 
 
 # ---- torch.compile's features ----------------------------------------------------------------------------------------
@@ -509,6 +548,18 @@ def test_fullgraph_with_a_graph_break(configs):
 def test_graph_breaks(configs, reports):
     assert_like_eager(torch.compile(broken, backend="liger"), broken, operands())
     assert [r.counts for r in reports] == [BOTH, BOTH]
+
+
+def test_logits_on_demand_across_a_graph_break(configs, reports):
+    """The rest of the function gets them as an argument."""
+
+    def function(x, w, v, y):
+        loss, logits = head(x, w, v, y)
+        torch._dynamo.graph_break()
+        return loss + 0.1 * (logits.float() * 2).square().mean(), logits
+
+    assert_like_eager(torch.compile(function, backend="liger"), function, head_operands())
+    assert reports[0].counts == {**BOTH, "linear_cross_entropy": 1}
 
 
 def test_a_graph_break_inside_a_pattern(configs, reports):
