@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import json
+import os
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -37,6 +38,11 @@ def environment() -> dict[str, Any]:
         **{name: installed(name) for name in ("torch", "triton", "transformers", "liger-kernel")},
         **ceilings(),
     }
+
+
+def with_caches(folder: str) -> dict[str, str]:
+    """The environment of a process that keeps what it compiles in `folder`."""
+    return {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
 
 
 def ceilings() -> dict[str, float]:

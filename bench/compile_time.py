@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from . import common
 
 BACKENDS = {"Inductor": "inductor", "liger_compile": "liger"}
 
@@ -50,13 +51,8 @@ def first_step(case: str, backend: str) -> dict[str, Any]:
 
 def measure(case: str, backend: str, folder: str) -> dict[str, Any]:
     """`first_step` in a process that keeps its caches in `folder`."""
-    environment = {
-        **os.environ,
-        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
-        "TRITON_CACHE_DIR": f"{folder}/triton",
-    }
     command = [sys.executable, "-m", "bench.compile_time", "--case", case, "--only", backend]
-    result = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    result = subprocess.run(command, env=common.with_caches(folder), check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -70,8 +66,6 @@ def main() -> None:
     if arguments.only:
         print(json.dumps(first_step(arguments.case, arguments.only)))
         return
-    from . import common
-
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for _ in range(arguments.repeats):
         for name, backend in BACKENDS.items():
