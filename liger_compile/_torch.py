@@ -35,7 +35,7 @@ def bind_schema(name: str, args: list[Any], kwargs: dict[str, Any]) -> tuple[Any
     for overload in packet.overloads():
         schema = getattr(packet, overload)._schema.arguments
         names = [a.name for a in schema]
-        if len(args) > len(names) or overload.endswith("out"):
+        if len(args) > sum(not a.kwarg_only for a in schema) or overload.endswith("out"):
             continue
         bound = dict(zip(names, args, strict=False))
         renamed = {"self" if k == "input" else k: v for k, v in kwargs.items()}
@@ -93,6 +93,21 @@ def constant(value: Any) -> int | None:
         return value
     expr = value.node.expr
     return int(expr) if expr.is_number else None
+
+
+def size_terms(value: Any) -> tuple[dict[str, int], int]:
+    """A size as a sum of named symbols times whole numbers, and a constant. Checked on 2.13.
+
+    What is no such sum (a product of two sizes) is one symbol, named by its expression.
+    """
+    if isinstance(value, int):
+        return {}, value
+    expr = value.node.expr
+    parts = expr.expand().as_coefficients_dict()
+    if not all(n.is_Integer for n in parts.values()):
+        return {str(expr): 1}, 0
+    const = int(parts.pop(1, 0))
+    return {str(part): int(n) for part, n in parts.items()}, const
 
 
 def known_true(condition: Any) -> bool:

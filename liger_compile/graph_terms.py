@@ -6,7 +6,7 @@ Works on Dynamo graphs (`example_value` metadata) and on ATen graphs (`val`). No
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,9 @@ _INPLACE_OPERATORS = frozenset(
     getattr(operator, name)
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
 )
+
+_PYTHON_OPERATORS = frozenset({operator.and_, operator.or_, operator.not_, operator.is_})
+"""Their names end as those of in-place methods do."""
 
 
 def value_of(node: Any) -> Any:
@@ -74,6 +77,8 @@ class GraphTerms:
     version: dict[Term, int] = field(default_factory=dict)
     """For a term read after its node was written to: how many writes it had seen."""
     terms: Terms = field(default_factory=Terms)
+    given: dict[Term, tuple[GraphTerms, Term]] = field(default_factory=dict)
+    """For inputs of a body that is called once: the graph that calls it, and what the input is there."""
     _pieces: dict[fx.Node, tuple[Any, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -91,6 +96,14 @@ class GraphTerms:
             self.region[node] = region
             self._visit(node)
         return self
+
+    def inputs_from(self, caller: GraphTerms, operands: Sequence[Any]) -> None:
+        """Notes what the caller of this graph passes to it; `operands` may have others in front."""
+        inputs = [n for n in self.nodes if n.op == "placeholder"]
+        for node, operand in zip(inputs, operands[len(operands) - len(inputs) :], strict=True):
+            constant = isinstance(operand, fx.Node) and _storage(value_of(operand)) not in caller.mutations
+            if constant and node in self.of and operand in caller.of:
+                self.given[self.of[node]] = caller, caller.of[operand]
 
     def _visit(self, node: fx.Node) -> None:
         value = value_of(node)
@@ -123,6 +136,8 @@ class GraphTerms:
             kwargs = {k: self._read(v, node) for k, v in node.kwargs.items()}
         except NotCanonical:
             return None
+        if node.op == "call_method" and name == "where" and len(args) > 1:
+            args[:2] = args[1], args[0]  # x.where(condition, y) -> where(condition, x, y)
         if isinstance(value, torch.Tensor):
             if any(isinstance(a, fx.Node) and _elsewhere(value_of(a), value) for a in node.all_input_nodes):
                 return None
@@ -160,6 +175,15 @@ class GraphTerms:
         self.carriers.setdefault(term, [arg])
         self.version[term] = seen
         return term
+
+    def is_pure(self, node: fx.Node) -> bool:
+        """Whether a call can be left out if nobody reads its result: it writes nothing and draws no random numbers."""
+        if node.op not in ("call_function", "call_method") or any(True for _ in _written_by(node)):
+            return False
+        if node in self._pieces or (node in self.of and self.of[node].op not in ("leaf", "call")):
+            return True
+        name = call_name(node.target)
+        return name is not None and (getattr(operator, name, None) is node.target or _torch.is_pure(name))
 
     def _writer(self, node: fx.Node, writes: int) -> str:
         return self.mutations[_storage(value_of(node))][writes - 1].name
@@ -218,7 +242,7 @@ def _written_by(node: fx.Node) -> Iterator[torch.Tensor]:
 def _written_arguments(node: fx.Node) -> Iterator[Any]:
     target, first = node.target, node.args[0] if node.args else None
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    trailing = name.endswith("_") and not name.endswith("__")
+    trailing = name.endswith("_") and not name.endswith("__") and target not in _PYTHON_OPERATORS
     yield node.kwargs.get("out")
     if node.op == "call_method":
         if trailing or name in ("__setitem__", "__iadd__", "__imul__"):

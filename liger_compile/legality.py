@@ -13,7 +13,7 @@ from .graph_terms import inputs_of, value_of
 from .match import Match
 from .terms import Term
 
-_FREE = {"cast", "slice", "select", "reshape", "permute", "expand"}
+_FREE = {"cast", "slice", "select", "reshape", "permute", "expand", "repeat"}
 """Views and casts: when something else reads them too, the graph keeps them, and nothing is computed twice."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph_terms import GraphTerms
+from .graph_terms import GraphTerms, value_of
 from .pattern import Pattern, Spelling, subterms
 from .rules import Call, mul
 from .terms import COMMUTATIVE, Expr, Term, describe, evaluate, same
@@ -44,6 +44,9 @@ class Match:
 
     def shape(self, name: str) -> tuple[Any, ...]:
         return self.captures[name].shape
+
+    def device(self, name: str) -> torch.device:
+        return value_of(self.nodes(name)[0]).device
 
     def nodes(self, name: str) -> list[fx.Node]:
         """The nodes that hold an operand; none if the graph computes it only implicitly."""
@@ -291,12 +294,15 @@ class Matcher:
 
     def _bind(self, p: Term, t: Any, state: _State, inside: Term) -> Iterator[_State]:
         name, kind = p.args
+        if t is None and kind == "tensor":
+            return  # a call without it is a different operation, and no near miss
         number = not isinstance(t, Term) or t.is_number
         fits = {
             "any": t is not None,
             "tensor": not number,
             "tensor?": t is None or not number,
             "scalar": t is not None and number,
+            "scalar?": number,
         }[kind]
         if not fits:
             yield from self._differs(state, p, t, inside, f"{name} is {describe(t, 2)}, not a {kind.rstrip('?')}")

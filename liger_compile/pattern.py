@@ -187,23 +187,22 @@ _SCALARS = {"float", "int", "number", "bool", "SymInt", "Scalar"}
 
 
 def _kinds(pattern: Pattern) -> dict[str, str]:
-    """ "tensor", "tensor?" or "scalar" for the parameters whose kind the replacement's schema or annotations tell."""
+    """ "tensor" or "scalar", with "?" if it may be None, as far as the replacement's schema or annotations tell."""
     target, _ = target_of(pattern.replacement)
     kinds: dict[str, str] = {}
     if isinstance(target, torch._ops.OpOverload):
         for a in target._schema.arguments:
             text = str(a.type)
-            if "Tensor" in text:
-                kinds[a.name] = "tensor?" if text.startswith("Optional") else "tensor"
-            else:
-                kinds[a.name] = "scalar"
+            kind = "tensor" if "Tensor" in text else "scalar"
+            kinds[a.name] = f"{kind}?" if text.startswith("Optional") else kind
     for function in (target, pattern.function):
         for name, hint in _hints(function).items():
             options = set(typing.get_args(hint)) or {hint}
+            absent = "?" if type(None) in options else ""
             if torch.Tensor in options:
-                kinds[name] = "tensor?" if type(None) in options else "tensor"
+                kinds[name] = f"tensor{absent}"
             elif options & {float, int, bool, str}:
-                kinds[name] = "scalar"
+                kinds[name] = f"scalar{absent}"
     return kinds
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from . import _torch
 from .emit import emit, target_of
-from .graph_terms import GraphTerms, Region
+from .graph_terms import GraphTerms
 from .lazy import defer
 from .legality import Illegal, Site, check, sites
 from .match import Matcher, NearMiss
@@ -39,17 +39,27 @@ def rewrite(gm: fx.GraphModule, options: Options | None = None) -> Report:
     options = options or Options()
     enabled = [p for p in patterns(options.patterns) if options.wants(p.name)]
     spellings = sorted((s for p in enabled for s in p.spellings), key=lambda s: -s.operations)
-    after = _rewrite_module(gm, spellings, options, report, Region())
+    after = _rewrite_module(gm, spellings, options, report)
     report.graphs.append(GraphReport(gm, after))
     return report
 
 
 def _rewrite_module(
-    gm: fx.GraphModule, spellings: list[Spelling], options: Options, report: Report, region: Region
+    gm: fx.GraphModule,
+    spellings: list[Spelling],
+    options: Options,
+    report: Report,
+    caller: GraphTerms | None = None,
+    calls: Sequence[fx.Node] = (),
 ) -> fx.GraphModule:
-    """Rewrites a graph and the bodies it calls; returns `gm` itself if nothing changes."""
+    """Rewrites a graph and the bodies it calls; returns `gm` itself if nothing changes.
+
+    Of a body, `calls` are the nodes that run it in the graph that `caller` views.
+    """
     after = _torch.copy_module(gm)
-    view = GraphTerms.view(after.graph, region)
+    view = GraphTerms.view(after.graph, caller.region[calls[0]] if caller is not None else None)
+    if caller is not None and len(calls) == 1:
+        view.inputs_from(caller, calls[0].args)
     changed = _rewrite_bodies(after, view, spellings, options, report)
     found = _find(view, spellings, options, report)
     changed |= _replace(after, view, found, report)
@@ -64,18 +74,19 @@ def _rewrite_bodies(
     gm: fx.GraphModule, view: GraphTerms, spellings: list[Spelling], options: Options, report: Report
 ) -> bool:
     options = dataclasses.replace(options, logits="keep")  # what a body returns, the graph around it reads
-    changed = False
-    done: dict[str, fx.GraphModule] = {}
+    calls: dict[str, list[fx.Node]] = {}
     for node in view.nodes:
-        if node.op != "call_function" or getattr(node.target, "__name__", "") not in BODIES:
-            continue
-        for body in node.all_input_nodes:
-            module = getattr(gm, body.target, None) if body.op == "get_attr" else None
-            if isinstance(module, fx.GraphModule) and body.target not in done:
-                done[body.target] = _rewrite_module(module, spellings, options, report, view.region[node])
-                if done[body.target] is not module:
-                    setattr(gm, body.target, done[body.target])
-                    changed = True
+        if node.op == "call_function" and getattr(node.target, "__name__", "") in BODIES:
+            for body in node.all_input_nodes:
+                if body.op == "get_attr" and isinstance(getattr(gm, body.target, None), fx.GraphModule):
+                    calls.setdefault(body.target, []).append(node)
+    changed = False
+    for name, nodes in calls.items():
+        module = getattr(gm, name)
+        after = _rewrite_module(module, spellings, options, report, view, nodes)
+        if after is not module:
+            setattr(gm, name, after)
+            changed = True
     return changed
 
 
@@ -192,7 +203,21 @@ def _replace(gm: fx.GraphModule, view: GraphTerms, found: list[Site], report: Re
         report.matches.append(Rewritten(name, place.module, place.source, str(target)))
         changed = True
     dead = {n for site in found if site.outputs[0] in moved for n in (*site.outputs, *site.interior)}
+    read: set[fx.Node] = set()
     for node in sorted(dead, key=view.position.get, reverse=True):
         if not node.users:
+            read.update(node.all_input_nodes)
             view.graph.erase_node(node)
+    _erase_unused(view, read - dead)
     return changed
+
+
+def _erase_unused(view: GraphTerms, nodes: Iterable[fx.Node]) -> None:
+    """Takes out what only replaced nodes have read, such as the mask of rewritten attention."""
+    todo = set(nodes)
+    while todo:
+        node = max(todo, key=lambda n: view.position.get(n, -1))  # the last first, so that readers go before the read
+        todo.remove(node)
+        if not node.users and view.is_pure(node):
+            todo.update(node.all_input_nodes)
+            view.graph.erase_node(node)

@@ -125,6 +125,9 @@ for _name, _dtype in {
     "half": torch.float16,
     "bfloat16": torch.bfloat16,
     "double": torch.float64,
+    "bool": torch.bool,
+    "int": torch.int32,
+    "long": torch.int64,
 }.items():
     RULES[_name] = lambda c, x, dtype=_dtype, **_: cast(c, x, dtype)
 
@@ -508,6 +511,8 @@ def reshape_to(c: Call, x: Term, shape: Any) -> Term:
         return x
     if x.op == "reshape":
         return reshape_to(c, x.args[0], shape)
+    if (repeated := _repeated(c, x, shape)) is not None:
+        return repeated
     if x.op == "stack" and x.args[1] == -1 and same(shape[:-1], x.shape[:-2]):
         return c.step("interleave", x.args[0], like=x, shape=shape)  # stack((x, y), -1).flatten(-2)
     if x.op in ("mean", "sum") and x.args[2] is False and isinstance(x.args[1], int):
@@ -517,6 +522,28 @@ def reshape_to(c: Call, x: Term, shape: Any) -> Term:
     if shape and x.shape and same(shape[-1], x.shape[-1]) and _is_rowwise(x):
         return _of_rows(c, x, lambda y: reshape_to(c, y, (*shape[:-1], y.shape[-1])))
     return c.step("reshape", x, shape, dtype=x.dtype, shape=shape)
+
+
+def _repeated(c: Call, x: Term, shape: tuple[Any, ...]) -> Term | None:
+    """x[.., h, None, ..].expand(.., h, n, ..).reshape(.., h * n, ..) -> repeat(x, n), as `repeat_interleave` does."""
+    if x.op != "expand" or x.shape is None or x.args[0].shape is None or len(x.args[0].shape) != len(x.shape):
+        return None
+    inner, rank = x.args[0].shape, len(x.shape)
+    new = [d for d in range(1, rank) if not same(inner[d], x.shape[d])]
+    if len(new) != 1 or not isinstance(n := x.shape[new[0]], int) or not same(inner[new[0]], 1):
+        return None
+    d = new[0]
+    if not same(shape, (*x.shape[: d - 1], x.shape[d - 1] * n, *x.shape[d + 1 :])):
+        return None
+    whole = reshape_to(c, x.args[0], (*inner[:d], *inner[d + 1 :]))
+    return c.step("repeat", whole, d - rank, n, dtype=x.dtype, shape=shape)
+
+
+@rule("repeat_interleave")
+def _repeat_interleave(c: Call, x: Term, repeats: Any, dim: Any = None, *, output_size: Any = None) -> Term:
+    if dim is None or _is_tensor(repeats):
+        raise NotCanonical("repeats by numbers that are data")
+    return _through_cast(c, x, lambda y: c.step("repeat", y, _negative(y, dim), repeats, dtype=y.dtype, shape=c.shape))
 
 
 def _pattern_view(c: Call, x: Term, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Term:

@@ -36,7 +36,7 @@ class Term:
         """Whether this is a scalar: one computed in the graph, a pattern's scalar parameter, or the inverse of one."""
         if self.op == "reciprocal":
             return not isinstance(self.args[0], Term) or self.args[0].is_number
-        return self.op == "number" or (self.op == "var" and self.args[1] == "scalar")
+        return self.op == "number" or (self.op == "var" and self.args[1] in ("scalar", "scalar?"))
 
     @property
     def is_float(self) -> bool:

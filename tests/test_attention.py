@@ -1,0 +1,404 @@
+"""Masks read back from the graph: what only says "causal" is dropped, anything else is left alone; shared keys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import relative_error, report_of, rewritten
+from models import FAMILIES, batch, build
+from reading import Mask, comparing
+from torch import nn
+
+T = 24
+LOWEST = torch.finfo(torch.float32).min
+
+
+def heads(groups=4, length=T, width=16, dtype=torch.float32, device="cpu"):
+    """Leaves q [2, 4, T, width], k and v [2, groups, length, width]."""
+    shapes = (2, 4, T, width), (2, groups, length, width), (2, groups, length, width)
+    return [torch.randn(s, dtype=dtype, device=device).requires_grad_() for s in shapes]
+
+
+def attend(mask, dropout=0.0):
+    def function(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask(q.shape[-2]), dropout_p=dropout)
+
+    return function
+
+
+# ---- what says "causal" -------------------------------------------------------------------------------------------
+
+
+def tril_of_ones(n):
+    return torch.ones(n, n, dtype=torch.bool).tril()
+
+
+def tril_made_bool(n):
+    return torch.tril(torch.ones(n, n)).bool()
+
+
+def tril_compared(n):
+    return torch.ones(n, n).tril(diagonal=0) == 1
+
+
+def not_triu(n):
+    return ~torch.triu(torch.ones(n, n, dtype=torch.bool), diagonal=1)
+
+
+def rows_against_columns(n):
+    i = torch.arange(n)
+    return i[:, None] >= i[None, :]
+
+
+def columns_against_rows(n):
+    return torch.arange(n).unsqueeze(0) <= torch.arange(n).unsqueeze(1)
+
+
+def strictly_below_the_next(n):
+    return torch.arange(n).view(1, n) < torch.arange(1, n + 1).view(n, 1)
+
+
+def difference(n):
+    i = torch.arange(n)
+    return (i.view(-1, 1) - i).ge(0)
+
+
+def not_greater(n):
+    i = torch.arange(n)
+    return torch.logical_not(i[None] > i[:, None])
+
+
+def transposed(n):
+    i = torch.arange(n)
+    return (i[:, None] <= i[None, :]).transpose(0, 1)
+
+
+def expanded(n):
+    i = torch.arange(n)
+    return (i[:, None] >= i).reshape(1, 1, n, n).expand(2, -1, n, n)
+
+
+def cut_from_a_larger_one(n):
+    return torch.ones(64, 64, dtype=torch.bool).tril().view(1, 1, 64, 64)[:, :, :n, :n]
+
+
+def additive_triu(n):
+    return torch.full((n, n), float("-inf")).triu(diagonal=1)
+
+
+def additive_where(n):
+    i = torch.arange(n)
+    return torch.where(i[:, None] >= i, 0.0, LOWEST)
+
+
+def additive_fill(n):
+    hidden = torch.arange(n) > torch.arange(n)[:, None]
+    return torch.zeros(n, n).masked_fill(hidden, float("-inf"))
+
+
+def additive_product(n):
+    return (1.0 - torch.ones(n, n).tril()) * LOWEST
+
+
+def counted_by_cumsum(n):
+    i = torch.ones(n, dtype=torch.int64).cumsum(0) - 1
+    return i[:, None] >= i
+
+
+def one_document(n):
+    """How transformers finds packed documents in position ids; here there is one."""
+    ids = torch.arange(n)[None].expand(2, -1)
+    document = (torch.diff(ids, prepend=ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    b = torch.arange(2)[:, None, None, None]
+    i = torch.arange(n)
+    same = document[b, i[None, None, :, None]] == document[b, i[None, None, None, :]]
+    return same & (i[:, None] >= i)
+
+
+def window_as_long_as_the_sequence(n):
+    i = torch.arange(n)
+    return (i[:, None] >= i) & (i[:, None] - i < n)
+
+
+def one_chunk(n):
+    i = torch.arange(n)
+    return (i[:, None] >= i) & (i[:, None] // 64 == i // 64)
+
+
+CAUSAL = [
+    tril_of_ones, tril_made_bool, tril_compared, not_triu, rows_against_columns, columns_against_rows,
+    strictly_below_the_next, difference, not_greater, transposed, expanded, cut_from_a_larger_one, additive_triu,
+    additive_where, additive_fill, additive_product, counted_by_cumsum, one_document, window_as_long_as_the_sequence,
+    one_chunk,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", CAUSAL, ids=lambda f: f.__name__)
+def test_causal(mask):
+    inputs = heads()
+    report = report_of(attend(mask), *inputs)
+    assert report.counts == {"attention": 1}, report
+    calls = [n for n in report.graphs[0].after.graph.nodes if n.op not in ("placeholder", "output")]
+    assert len(calls) == 1, "the mask is still computed"
+    assert_same(attend(mask), inputs)
+
+
+def assert_same(function, inputs, tolerance=1e-6):
+    """Result and gradients under the rewrite are eager's."""
+    ours = torch.compile(function, backend=rewritten())(*inputs)
+    eager = function(*inputs)
+    gradient = torch.randn_like(eager)
+    assert relative_error(ours, eager) <= tolerance
+    found, expected = (torch.autograd.grad(r, inputs, gradient) for r in (ours, eager))
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) <= tolerance
+
+
+# ---- what says something else -------------------------------------------------------------------------------------
+
+
+def beside_the_diagonal(n):
+    i = torch.arange(n)
+    return (i[:, None] >= i + 1) | (i == 0)
+
+
+def one_step_ahead(n):
+    return torch.ones(n, n, dtype=torch.bool).tril(1)
+
+
+def the_other_way(n):
+    i = torch.arange(n)
+    return i[:, None] <= i
+
+
+def window_one_too_short(n):
+    i = torch.arange(n)
+    return (i[:, None] >= i) & (i[:, None] - i < n - 1)
+
+
+def two_chunks(n):
+    i = torch.arange(n)
+    return (i[:, None] >= i) & (i[:, None] // 16 == i // 16)
+
+
+def prefix(n):
+    i = torch.arange(n)
+    return (i[:, None] >= i) | (i < 4)
+
+
+def strided_positions(n):
+    i = torch.arange(0, 2 * n, 2)
+    return i[:, None] >= torch.arange(n)
+
+
+def not_so_low(n):
+    return torch.full((n, n), -100.0).triu(1)
+
+
+def raised(n):
+    return torch.full((n, n), float("-inf")).triu(1) + 1.0
+
+
+def other_diagonal_for_odd_rows(n):
+    i = torch.arange(n)
+    return i[:, None] - i[:, None] % 2 >= i - i % 2
+
+
+def rounded_positions(n):
+    i = torch.arange(n).to(torch.bfloat16)
+    return i[:, None] >= i
+
+
+def changed_in_place(n):
+    mask = torch.ones(n, n, dtype=torch.bool).tril()
+    mask[3] = True
+    return mask
+
+
+NOT_CAUSAL = [
+    beside_the_diagonal, one_step_ahead, the_other_way, window_one_too_short, two_chunks, prefix, strided_positions,
+    not_so_low, raised, other_diagonal_for_odd_rows, rounded_positions, changed_in_place,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", NOT_CAUSAL, ids=lambda f: f.__name__)
+def test_not_causal(mask):
+    report = report_of(attend(mask), *heads())
+    assert not report.counts
+    assert [m.pattern for m in report.misses] == ["attention"], report
+    assert any(words in report.misses[0].reason for words in ("attends where", "cannot be read", "setitem")), report
+
+
+def test_more_keys_than_queries():
+    def function(q, k, v):
+        i, j = torch.arange(q.shape[-2]), torch.arange(k.shape[-2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=i[:, None] >= j)
+
+    (miss,) = report_of(function, *heads(length=T + 8)).misses
+    assert "as many keys" in miss.reason
+
+
+def test_dropout():
+    """Other random numbers, the same distribution: without a mask the mean over many draws is what it was with it."""
+    q, k, v = (t.detach() for t in heads())
+    compiled = torch.compile(attend(tril_of_ones, dropout=0.5), backend=rewritten(reports := []))
+    draws = torch.stack([compiled(q, k, v) for _ in range(600)])
+    assert reports[0].counts == {"attention": 1} and draws.std(0)[:, :, 1:].min() > 0
+    exact = attend(tril_of_ones)(q, k, v)
+    assert relative_error(draws.mean(0), exact) < 4 * float((draws.std(0) / 600**0.5).norm() / exact.norm())
+    assert relative_error(draws[0], exact) > 0.1
+
+
+def test_data_in_the_mask():
+    def function(q, k, v, padding):
+        i = torch.arange(q.shape[-2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(i[:, None] >= i) & padding[:, None, None, :].bool())
+
+    report = report_of(function, *heads(), torch.ones(2, T, dtype=torch.int64))
+    assert not report.counts and "padding" in report.misses[0].reason, report
+
+
+def test_attention_without_a_mask_is_no_near_miss():
+    def function(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    report = report_of(function, *heads())
+    assert not report.counts and not report.misses
+
+
+def test_the_mask_is_kept_for_others():
+    def function(q, k, v):
+        mask = additive_where(q.shape[-2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask), mask.sum(0)
+
+    report = report_of(function, *heads())
+    assert report.counts == {"attention": 1}
+    inputs = heads()
+    ours, eager = report.graphs[0].after(*inputs), function(*inputs)
+    assert torch.equal(ours[1], eager[1]) and relative_error(ours[0], eager[0]) < 1e-6
+
+
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "static"])
+def test_another_length(dynamic):
+    """A window is told from none where the compiler knows the length, and left alone where it does not."""
+    reports = []
+    compiled = torch.compile(attend(window_as_long_as_the_sequence), backend=rewritten(reports), dynamic=dynamic)
+    for length in (T, T + 5, T + 9):
+        q, k, v = (torch.randn(2, 4, length, 16) for _ in range(3))
+        assert relative_error(compiled(q, k, v), attend(tril_of_ones)(q, k, v)) < 1e-6
+    assert all(r.counts == {"attention": 1} for r in reports)
+
+
+# ---- groups of heads ----------------------------------------------------------------------------------------------
+
+
+def by_expand(x, n):
+    b, h, t, d = x.shape
+    return x[:, :, None, :, :].expand(b, h, n, t, d).reshape(b, h * n, t, d)
+
+
+def by_expand_and_flatten(x, n):
+    return x.unsqueeze(2).expand(-1, -1, n, -1, -1).flatten(1, 2)
+
+
+def by_repeat_interleave(x, n):
+    return x.repeat_interleave(n, dim=1)
+
+
+def by_function(x, n):
+    return torch.repeat_interleave(x, n, dim=-3)
+
+
+REPEATS = [by_expand, by_expand_and_flatten, by_repeat_interleave, by_function]
+
+
+@pytest.mark.parametrize("repeat", REPEATS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("kind", ["mask", "is_causal", "none"])
+def test_groups(repeat, kind):
+    def function(q, k, v):
+        mask = tril_of_ones(q.shape[-2]) if kind == "mask" else None
+        k, v = repeat(k, 2), repeat(v, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=kind == "is_causal")
+
+    inputs = heads(groups=2)
+    report = report_of(function, *inputs)
+    assert report.counts == {"attention": 1}, report
+    (call,) = [n for n in report.graphs[0].after.graph.nodes if n.op not in ("placeholder", "output")]
+    assert call.kwargs["enable_gqa"] and call.kwargs["is_causal"] == (kind != "none")
+    assert_same(function, inputs)
+
+
+def test_other_orders_of_heads_are_not_groups():
+    def tiled(q, k, v):
+        return F.scaled_dot_product_attention(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1))
+
+    def only_keys(q, k, v):
+        return F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat(1, 2, 1, 1))
+
+    def along_the_sequence(q, k, v):
+        return F.scaled_dot_product_attention(q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2))
+
+    for function in (tiled, only_keys):
+        assert not report_of(function, *heads(groups=2)).counts
+    assert not report_of(along_the_sequence, *heads()).counts
+
+
+# ---- models -------------------------------------------------------------------------------------------------------
+
+
+def packed(inputs):
+    rows, length = inputs["input_ids"].shape
+    return {"position_ids": (torch.arange(length) % 11).expand(rows, length)}
+
+
+def padded(side):
+    def mask(inputs):
+        ones = torch.ones_like(inputs["input_ids"])
+        ones[1, slice(20, None) if side == "right" else slice(0, 7)] = 0
+        return {"attention_mask": ones}
+
+    return mask
+
+
+KINDS = {
+    "no padding": lambda inputs: {},
+    "right": padded("right"),
+    "left": padded("left"),
+    "packed": packed,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_of_models(family, kind):
+    """The predicate equals the mask that the model built, element by element."""
+    found: list[Mask] = []
+    inputs = batch(rows=3)
+    build_kwargs = {"attn_implementation": "sdpa"}
+    model = build(family)
+    model.set_attn_implementation(build_kwargs["attn_implementation"])
+    torch.compile(model, backend=comparing(found))(**inputs, **KINDS[kind](inputs))
+    assert len(found) == 2 and all(m.right for m in found), found
+    assert not any(m.says.startswith("unread") for m in found), found
+    windows = sum("15 >= 0" in m.says for m in found)
+    assert windows == {"mistral": 2, "gemma2": 1, "gemma3_text": 2}.get(family, 0), found
+    for mask in found:
+        assert "q - k >= 0" in mask.says
+        assert ("attention_mask" in mask.says) == (kind in ("right", "left")), mask
+        assert ("cumsum" in mask.says) == (kind == "packed"), mask
+
+
+def test_module_with_a_mask_of_its_own():
+    """Code that is not from transformers: a buffer holds the mask, whose contents the graph does not show."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.ones(64, 64, dtype=torch.bool).tril())
+
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask[:T, :T])
+
+    report = report_of(Attention(), *heads())
+    assert not report.counts and "mask" in report.misses[0].reason

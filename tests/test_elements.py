@@ -1,0 +1,235 @@
+"""Reading tensors of integers and truth values back from the graph: what is said is what is computed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from helpers import capture
+from reading import tabulate
+from torch import fx
+
+from liger_compile import predicate as p
+from liger_compile.elements import positions, read
+from liger_compile.graph_terms import GraphTerms
+from liger_compile.predicate import Unread
+
+NAMES = "abcdefgh"
+
+
+class Recorder(fx.Interpreter):
+    def __init__(self, module):
+        super().__init__(module)
+        self.values = {}
+
+    def run_node(self, node):
+        self.values[node] = super().run_node(node)
+        return self.values[node]
+
+
+def reading(function, *args):
+    """What is read of a function's result, and the result; raises AssertionError if they differ."""
+    gm = capture(function, *args)
+    recorder = Recorder(gm)
+    (actual,) = recorder.run(*args)
+    view = GraphTerms.view(gm.graph)
+    (result,) = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+    names = NAMES[: actual.ndim]
+    value = read(view, view.of[result], positions(view.of[result].shape, names))
+    table = tabulate(value, tuple(actual.shape), names, lambda term: recorder.values[view.carriers[term][0]])
+    assert torch.equal(table.to(actual.dtype), actual), value
+    return value
+
+
+def is_read(value):
+    """Whether nothing in the value is an element of some tensor."""
+    return "[" not in repr(value)
+
+
+cols = torch.arange
+
+
+def rows(n):
+    return torch.arange(n)[:, None]
+
+
+READ = {
+    "arange": lambda x: cols(7),
+    "arange from": lambda x: cols(3, 9),
+    "arange by": lambda x: cols(1, 20, 3),
+    "constants": lambda x: torch.full((2, 3), 4) + torch.ones(2, 3, dtype=torch.int64) - torch.zeros_like(cols(3)),
+    "sum of positions": lambda x: cols(5) + rows(4) * 3 - 2,
+    "remainder of a multiple": lambda x: (rows(4) * 8 + cols(8)) % 8,
+    "quotient of a multiple": lambda x: (rows(4) * 8 + cols(8)) // 8,
+    "quotient": lambda x: (cols(20) + 3) // 6,
+    "negative quotient": lambda x: (cols(20) - 30) // 6,
+    "negative remainder": lambda x: (cols(20) - 30) % 7,
+    "view": lambda x: cols(24).view(2, 3, 4),
+    "view back": lambda x: (rows(6) * 100 + cols(4)).reshape(3, 8),
+    "view of three": lambda x: cols(24).view(4, 3, 2).reshape(2, 12),
+    "flatten": lambda x: (rows(6) - cols(4)).flatten(),
+    "transpose": lambda x: (rows(6) * 2 + cols(4)).t(),
+    "permute": lambda x: cols(24).view(2, 3, 4).permute(2, 0, 1),
+    "slices": lambda x: (rows(8) * 10 + cols(9))[1:7:2, 3:-1],
+    "select": lambda x: (rows(8) * 10 + cols(9))[3],
+    "last": lambda x: (rows(8) * 10 + cols(9))[:, -1],
+    "new dimensions": lambda x: cols(5)[None, :, None] + cols(3),
+    "expand": lambda x: cols(5)[:, None].expand(5, 4) + 0,
+    "cat": lambda x: torch.cat((cols(3), cols(5) * 2, cols(2) + 40)),
+    "chunk": lambda x: (rows(4) + cols(6)).chunk(2, -1)[1],
+    "repeat_interleave": lambda x: cols(4).repeat_interleave(3, 0),
+    "gather": lambda x: (cols(6) * cols(1)[0] + 2 * cols(6))[rows(3) + 1],
+    "gather in two": lambda x: (rows(6) * 10 + cols(6))[rows(3), cols(5)],
+    "diff": lambda x: torch.diff(cols(6) * 3),
+    "diff with prepend": lambda x: torch.diff(cols(6), prepend=cols(1) - 1),
+    "cumsum": lambda x: torch.ones(6, dtype=torch.int64).cumsum(0) * 2,
+    "where": lambda x: torch.where(cols(6) > 3, cols(6) + 10, 0),
+    "where as a method": lambda x: cols(6).where(cols(6) > 3, -cols(6)),
+    "where of truth values": lambda x: (cols(6) > 1).where(cols(6) > 3, cols(6) < 2),
+    "masked_fill": lambda x: cols(6).masked_fill(cols(6) % 2 == 0, -1),
+    "tril": lambda x: torch.ones(5, 6, dtype=torch.int64).tril(1) + torch.ones(5, 6, dtype=torch.int64).triu(-1),
+    "and": lambda x: (cols(6) > 2) & (rows(6) < 4),
+    "or": lambda x: (cols(6) > 2) | (rows(6) < 4) | (cols(6) == rows(6)),
+    "xor": lambda x: (cols(6) > 2) ^ (rows(6) < 4),
+    "equal truth values": lambda x: (cols(6) > 2) == (rows(6) < 4),
+    "not": lambda x: ~((cols(6) > 2) & ~(rows(6) == cols(6))),
+    "product of truth values": lambda x: (cols(6) > 2) * (rows(6) < 4),
+    "sum of truth values": lambda x: (cols(6) > 2).int() + (rows(6) < 4).long(),
+    "not equal": lambda x: cols(6) != rows(6),
+    "always": lambda x: cols(6) - rows(6) < 6,
+    "never": lambda x: cols(6) + rows(6) < 0,
+    "float choice": lambda x: torch.where(cols(6) > rows(6), float("-inf"), 0.0),
+    "float product": lambda x: (1.0 - (cols(6) <= rows(6)).float()) * -10000.0,
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_read(name):
+    assert is_read(reading(READ[name], torch.zeros(1)))
+
+
+ELEMENTS = {
+    "an input": lambda x: x + cols(6),
+    "gathered": lambda x: x[cols(3) * 2] == x[cols(3)][:, None],
+    "a cumulative sum of data": lambda x: (x.cumsum(0) - cols(6)) > 0,
+    "data in a mask": lambda x: (x > 3) & (cols(6) <= rows(6)),
+    "sorted": lambda x: x.sort().values + 1,
+    "positions that may be negative": lambda x: x[cols(4) - 2],
+    "bits": lambda x: (cols(6) & 3) + x,
+    "narrow integers": lambda x: cols(6).to(torch.int8) + x,
+    "a product of positions": lambda x: cols(6) * rows(6) + x,
+    "written in place": lambda x: x.clone().add_(1) + cols(6),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_elements_of_what_is_not_known(name):
+    assert not is_read(reading(ELEMENTS[name], torch.randint(0, 9, (6,))))
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: x + cols(6), lambda x: cols(6).sqrt(), lambda x: cols(6) / 3], ids="abc"
+)
+def test_floating_point_stays_unread(function):
+    with pytest.raises(Unread):
+        reading(function, torch.rand(6))
+
+
+# ---- random programs ----------------------------------------------------------------------------------------------
+
+
+def integers(rng, depth):
+    """A random function of positions: a tensor [4, 6] of integers, with the data x [4, 6] perhaps in it."""
+    if depth == 0:
+        return rng.choice(
+            [
+                lambda x: cols(6).expand(4, 6),
+                lambda x: rows(4).expand(4, 6),
+                lambda x: torch.arange(24).view(4, 6),
+                lambda x: torch.arange(2, 50, 2).reshape(6, 4).t(),
+                lambda x: x,
+            ]
+        )
+    a, b, t = integers(rng, depth - 1), integers(rng, depth - 1), truths(rng, depth - 1)
+    c, k = rng.randint(-3, 5), rng.randint(2, 5)
+    return rng.choice(
+        [
+            lambda x: a(x) + b(x),
+            lambda x: a(x) - b(x),
+            lambda x: a(x) * c,
+            lambda x: c - a(x),
+            lambda x: a(x) // k,
+            lambda x: a(x) % k,
+            lambda x: torch.where(t(x), a(x), b(x)),
+            lambda x: a(x).masked_fill(t(x), c),
+            lambda x: a(x).reshape(3, 8).t().reshape(4, 6),
+            lambda x: torch.cat((a(x)[:, 3:], b(x)[:, :3]), dim=-1),
+            lambda x: a(x)[:, 2:4].repeat_interleave(3, dim=1),
+            lambda x: torch.diff(a(x), prepend=b(x)[:, :1]),
+            lambda x: a(x)[rows(4), (cols(6) + k) % 6],
+            lambda x: t(x).long().cumsum(1),
+            lambda x: a(x).tril(c) + b(x).triu(c),
+        ]
+    )
+
+
+def truths(rng, depth):
+    if depth == 0:
+        return rng.choice([lambda x: cols(6) <= rows(4), lambda x: x > 4, lambda x: (cols(6) > 2).expand(4, 6)])
+    a, b = integers(rng, depth - 1), integers(rng, depth - 1)
+    t, u = truths(rng, depth - 1), truths(rng, depth - 1)
+    compare = rng.choice([torch.eq, torch.ne, torch.lt, torch.le, torch.gt, torch.ge])
+    return rng.choice(
+        [
+            lambda x: compare(a(x), b(x)),
+            lambda x: t(x) & u(x),
+            lambda x: t(x) | u(x),
+            lambda x: t(x) ^ u(x),
+            lambda x: ~t(x),
+            lambda x: torch.where(t(x), u(x), a(x) > 2),
+            lambda x: t(x) == u(x),
+            lambda x: a(x).bool(),
+        ]
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_programs(seed):
+    rng = random.Random(torch.initial_seed() + seed)
+    fully = 0
+    for _ in range(20):
+        program = rng.choice([integers, truths])(rng, rng.randint(1, 4))
+        fully += is_read(reading(program, torch.randint(0, 9, (4, 6))))
+    assert fully >= 2, "hardly anything was read"
+
+
+# ---- the algebra --------------------------------------------------------------------------------------------------
+
+q, k = positions((24, 24), "qk")
+n = p.linear(p.Size("n"))
+LONG = p.index("i", n)
+
+
+def test_order_of_writing_does_not_matter():
+    below = p.at_least_zero(p.plus(q, k, -1))
+    assert p.negation(p.negation(below)) == below
+    assert p.conjunction(below, p.is_zero(p.plus(q, k, -1))) == p.conjunction(p.is_zero(p.plus(k, q, -1)), below)
+    assert p.disjunction(below, p.negation(below)) is True
+    assert p.conjunction(below, p.negation(below)) is False
+
+
+def test_ranges():
+    assert p.at_least_zero(p.plus(p.linear(23), q, -1)) is True
+    assert p.at_least_zero(p.plus(p.linear(22), q, -1)) not in (True, False)
+    assert p.at_least_zero(p.plus(q, p.linear(24), -1)) is False
+    assert p.at_least_zero(p.plus(p.plus(n, LONG, -1), p.linear(-1))) is True  # n - 1 - i >= 0
+    assert p.at_least_zero(p.plus(n, LONG, -2)) not in (True, False)
+    assert p.quotient(q, 24) == p.linear(0) and p.remainder(q, 24) == q
+    assert p.quotient(p.plus(p.scaled(q, 6), p.linear(5)), 6) == q
+
+
+def test_stricter_bounds_win():
+    below, near = p.at_least_zero(p.plus(q, k, -1)), p.at_least_zero(p.plus(p.plus(q, k, -1), p.linear(3)))
+    assert p.conjunction(below, near) == below
+    assert p.disjunction(below, near) == near
