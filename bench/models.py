@@ -1,6 +1,6 @@
 """Whole training steps, forward and backward, of model shapes that people train.
 
-    python -m bench.models [llama] [qwen3] [--out FOLDER]
+    python -m bench.models [llama] [qwen3] [llama-padded] [qwen3-padded] [mistral] [gemma2] [--out FOLDER]
 
 Eager, Inductor, Liger-Kernel and liger_compile in one process, timed in turns; each with the whole model
 (`torch.compile(model)`, which returns logits) and, compiled, with a step that returns the loss alone.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
 from . import common
 
@@ -55,6 +55,39 @@ CASES: dict[str, dict[str, Any]] = {
         "rows": 8,
         "length": 2048,
     },
+    "mistral": {
+        "title": "Mistral-7B shape, 4 layers, 1 x 16384 tokens, window of 4096",
+        "config": MistralConfig(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=4,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=32000,
+            max_position_embeddings=32768,
+            sliding_window=4096,
+            use_cache=False,
+        ),
+        "rows": 1,
+        "length": 16384,
+    },
+    "gemma2": {
+        "title": "Gemma-2-2B shape, 6 layers, 1 x 8192 tokens",
+        "config": Gemma2Config(
+            hidden_size=2304,
+            intermediate_size=9216,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=256,
+            vocab_size=256000,
+            max_position_embeddings=8192,
+            sliding_window=4096,
+            use_cache=False,
+        ),
+        "rows": 1,
+        "length": 8192,
+    },
     "tiny": {
         "title": "a shape to try the benchmark with",
         "config": LlamaConfig(
@@ -64,6 +97,12 @@ CASES: dict[str, dict[str, Any]] = {
         "length": 128,
     },
 }
+for _name in ("llama", "qwen3", "tiny"):
+    CASES[f"{_name}-padded"] = {
+        **CASES[_name],
+        "title": f"{CASES[_name]['title']}, rows padded to a quarter at most",
+        "padded": True,
+    }
 
 
 def make(config: Any) -> torch.nn.Module:
@@ -126,19 +165,29 @@ def contenders(config: Any, modes: list[str]) -> dict[str, Callable[[], tuple[to
     return made
 
 
+def batch(case: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Random tokens. Padded rows end in 0 to a quarter of padding, as a collator's would, without labels there."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    rows, length = case["rows"], case["length"]
+    ids = torch.randint(case["config"].vocab_size, (rows, length), device="cuda", generator=generator)
+    if not case.get("padded"):
+        return {"input_ids": ids, "labels": ids}
+    tokens = length - torch.arange(rows, device="cuda") * length // (4 * max(rows - 1, 1))
+    mask = (torch.arange(length, device="cuda") < tokens[:, None]).long()
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask != 0, ids, -100)}
+
+
 def run(case: dict[str, Any], modes: list[str], repeats: int) -> list[dict[str, Any]]:
     torch._dynamo.reset()
-    generator = torch.Generator("cuda").manual_seed(0)
-    config = case["config"]
-    ids = torch.randint(config.vocab_size, (case["rows"], case["length"]), device="cuda", generator=generator)
+    inputs = batch(case)
     steps: dict[str, Callable[[], Any]] = {}
     results: dict[str, dict[str, Any]] = {}
-    for name, build in contenders(config, modes).items():
+    for name, build in contenders(case["config"], modes).items():
         base = torch.cuda.memory_allocated()
         model, call = build()
 
         def step(model: Any = model, call: Any = call) -> float:
-            out = call(input_ids=ids, labels=ids)
+            out = call(**inputs)
             loss = out if isinstance(out, torch.Tensor) else out.loss
             loss.backward()
             model.zero_grad(set_to_none=True)

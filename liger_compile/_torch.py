@@ -159,6 +159,20 @@ def compile_fx(gm: torch.fx.GraphModule, example_inputs: Any, config: dict[str, 
 
 
 @functools.cache
+def flex_attention(query: Any, key: Any, value: Any, blocks: Any, tensors: tuple[Any, ...], scale: float) -> Any:
+    """FlexAttention as AOTAutograd is to trace it; `blocks` is a BlockMask whose mask_mod takes `tensors` at its end.
+
+    The public function can only be called where Dynamo traces it: anywhere else it starts a compilation of its own.
+    Checked on 2.11, 2.13.
+    """
+    from torch._higher_order_ops.flex_attention import flex_attention as operator
+    from torch.nn.attention import flex_attention as module
+
+    options = module._apply_kernel_options(query, key, value, False, None)
+    out, _, _ = operator(query, key, value, module._identity, blocks.as_tuple(), scale, options, (), tensors)
+    return out
+
+
 def fingerprint() -> str:
     """Another one whenever the code of our ops changes, which AOTAutograd traces through."""
     files = sorted((Path(__file__).parent / "ops").glob("*.py"))

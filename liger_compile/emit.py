@@ -53,6 +53,8 @@ class Emitter:
 
     def operand(self, value: Any) -> Any:
         """A captured operand as an argument: the node that holds it, or nodes that compute it."""
+        if isinstance(value, tuple):
+            return [self.operand(v) for v in value]
         if isinstance(value, torch.SymInt):
             raise Illegal(f"{value} is a size that only the compiler knows")
         if not isinstance(value, Term):
@@ -138,8 +140,8 @@ def _call(emitter: Emitter) -> fx.Node:
     match = emitter.site.match
     target, fixed = target_of(match.pattern.replacement)
     accepted = parameters_of(target)
-    given = {**match.captures, **{k: v for k, v in match.spelling.choice.items() if k in accepted}}
-    given.update(fixed)
+    choice = {k: v for k, v in match.spelling.choice.items() if k in accepted}
+    given = {**match.captures, **choice, **fixed}
     node = emitter.node("call_function", target, (), {n: emitter.operand(given[n]) for n in accepted if n in given})
     node.meta["liger_pattern"] = match.pattern.name
     return node

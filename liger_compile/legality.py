@@ -61,14 +61,15 @@ def _computed(match: Match, root: Term) -> list[fx.Node]:
 
 
 def operands(match: Match) -> list[tuple[str, Term]]:
-    """The tensors a match reads, by the names of the pattern's parameters."""
-    return [(n, t) for n, t in match.captures.items() if isinstance(t, Term) and not t.is_number]
+    """The tensors a match reads, by the names of the replacement's parameters."""
+    named = [(n, t) for n, c in match.captures.items() for t in (c if isinstance(c, tuple) else (c,))]
+    return [(n, t) for n, t in named if isinstance(t, Term) and not t.is_number]
 
 
 def sources(match: Match) -> dict[fx.Node, Term]:
     """The nodes that exist in the graph and from which the operands are read."""
     found: dict[fx.Node, Term] = {}
-    todo = [t for t in match.captures.values() if isinstance(t, Term)]
+    todo = [t for c in match.captures.values() for t in (c if isinstance(c, tuple) else (c,)) if isinstance(t, Term)]
     while todo:
         term = todo.pop()
         nodes = match.view.carriers.get(term)
@@ -104,12 +105,13 @@ def check(site: Site, defer: bool) -> Site:
     _check_operands(site)
     _check_regions(site)
     _check_order(site)
-    _check_mutation(site)
     returned = _check_other_users(site, defer and site.match.pattern.on_demand)
     if site.match.pattern.check is not None:
-        reason = site.match.pattern.check(site.match)
-        if reason is not None:
-            raise Illegal(reason, site.outputs[0])
+        found = site.match.pattern.check(site.match)
+        if isinstance(found, str):
+            raise Illegal(found, site.outputs[0])
+        site = dataclasses.replace(site, match=site.match.with_operands(found or {}))
+    _check_mutation(site)
     return dataclasses.replace(site, deferred=returned)
 
 

@@ -29,7 +29,7 @@ class Match:
     spelling: Spelling
     view: GraphTerms
     captures: dict[str, Any]
-    """Each operand of the pattern function: a Term, a number, or None for an optional tensor that is absent."""
+    """Each operand: a Term, a number, a string, None for an optional tensor that is absent, or a tuple of Terms."""
     roots: tuple[Term, ...]
     """The terms of the pattern's results."""
     terms: frozenset[Term]
@@ -45,8 +45,13 @@ class Match:
     def shape(self, name: str) -> tuple[Any, ...]:
         return self.captures[name].shape
 
-    def device(self, name: str) -> torch.device:
-        return value_of(self.nodes(name)[0]).device
+    def example(self, name: str) -> torch.Tensor | None:
+        """What was recorded of an operand when the graph was captured; None if the graph computes it implicitly."""
+        return next(map(value_of, self.nodes(name)), None)
+
+    def with_operands(self, operands: dict[str, Any]) -> Match:
+        """The same match with further operands for the replacement, or others in place of those captured."""
+        return dataclasses.replace(self, captures={**self.captures, **operands})
 
     def nodes(self, name: str) -> list[fx.Node]:
         """The nodes that hold an operand; none if the graph computes it only implicitly."""

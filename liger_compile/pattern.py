@@ -23,7 +23,7 @@ from .terms import Expr, PatternError, Term, Terms, arith, describe, size
 if TYPE_CHECKING:
     from .match import Match
 
-Check = Callable[["Match"], "str | None"]
+Check = Callable[["Match"], "str | dict[str, Any] | None"]
 Examples = Callable[[Any, int], Iterable[dict[str, Any]]]
 
 
@@ -32,7 +32,8 @@ class Pattern:
     """What to look for, what to put in its place, and when not to.
 
     `replacement` is called with the captured operands by the names of `function`'s parameters and returns what
-    `function` returns. `check` is given the match and returns None, or the reason to leave the graph alone.
+    `function` returns. `check` is given the match and returns None, the reason to leave the graph alone, or
+    further operands of the replacement by name.
     """
 
     name: str

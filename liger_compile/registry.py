@@ -34,7 +34,8 @@ def register_pattern(
         replacement: what to call instead: a `torch.library` op, a `torch.autograd.Function.apply`, or any function of
             tensors. It is given, by name, the operands and choices it has parameters for, and returns what `function`
             returns. `functools.partial` fixes further arguments.
-        check: given the `Match`, returns None, or the reason why this match must be left alone.
+        check: given the `Match`, returns None, the reason why this match must be left alone, or a dictionary of
+            operands by name: further ones for the replacement, or others in place of those captured.
         name: what reports call the pattern; the function's name by default. Functions that share a name are spellings
             of one pattern.
         recompute: whether the backward may run the replacement again instead of keeping its result.

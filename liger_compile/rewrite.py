@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from torch import fx
 
@@ -94,17 +93,17 @@ def _find(view: GraphTerms, spellings: list[Spelling], options: Options, report:
     """The sites to rewrite: widest patterns first, no two on the same nodes. Notes what is left alone and why."""
     found: list[Site] = []
     taken = _Taken(view)
-    refused: list[_Refusal] = []
+    refused: dict[tuple[str, frozenset[fx.Node]], Miss] = {}
     for matcher in (Matcher(view), Matcher(view, relaxed=True)):
         for spelling in spellings:
             for anchor in matcher.anchors(spelling.roots[0]):
                 if anchor in taken.terms:
                     continue
                 found += _match_at(matcher, spelling, anchor, options, taken, refused)
-    for refusal in refused:
-        if not refusal.nodes & taken.nodes:
-            report.misses.append(refusal.miss)
-            taken.add(refusal.nodes)
+    for (_, nodes), miss in refused.items():
+        if not nodes & taken.nodes:  # a narrower match that is refused too is not told again
+            report.misses.append(miss)
+            taken.add(nodes)
     report.misses += _near_misses(view, spellings, taken)
     return sorted(found, key=lambda s: view.position[s.before])
 
@@ -125,18 +124,19 @@ class _Taken:
                 self.terms.add(self.view.of[node])
 
 
-@dataclass(frozen=True)
-class _Refusal:
-    """A match that was left alone. A narrower match of the same nodes that is refused too is not told again."""
-
-    miss: Miss
-    nodes: frozenset[fx.Node]
-
-
 def _match_at(
-    matcher: Matcher, spelling: Spelling, anchor: Term, options: Options, taken: _Taken, refused: list[_Refusal]
+    matcher: Matcher,
+    spelling: Spelling,
+    anchor: Term,
+    options: Options,
+    taken: _Taken,
+    refused: dict[tuple[str, frozenset[fx.Node]], Miss],
 ) -> list[Site]:
-    """The sites of the first legal way to match a spelling at an anchor."""
+    """The sites of the first legal way to match a spelling at an anchor.
+
+    Matches that must be left alone are noted in `refused` by their nodes; of several ways to rewrite the same nodes,
+    the reason against the last is kept.
+    """
     view = matcher.view
     name = spelling.pattern.name
     for match in matcher.matches(spelling, anchor, taken.terms):
@@ -148,7 +148,7 @@ def _match_at(
                 legal.append(check(site, defer=options.logits == "lazy"))
         except Illegal as illegal:
             place = Place.of(view.carriers[anchor][0])
-            refused.append(_Refusal(Miss(name, place.source, place.module, str(illegal)), frozenset(nodes)))
+            refused[name, frozenset(nodes)] = Miss(name, place.source, place.module, str(illegal))
             continue
         if any(node in taken.outputs for site in legal for node in site.interior):
             continue  # would take apart what another pattern has replaced

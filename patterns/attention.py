@@ -1,47 +1,80 @@
 """Attention whose mask is index arithmetic, or whose keys and values are repeated for groups of heads.
 
-There is no kernel of ours in this file: the replacement is PyTorch's own attention, told what the mask says. It can
-then run the flash kernels, which skip what a causal mask hides, and neither mask nor repeated keys are stored.
+There is no kernel of ours in this file. A mask that says no more than "causal" is left out: PyTorch's own attention,
+told so, can run the flash kernels, which skip what is hidden. Any other mask that can be read becomes FlexAttention's.
+Neither mask nor repeated keys are stored.
 """
 
 from functools import partial
 
 import torch
 
+from liger_compile import mask_code
+from liger_compile._torch import known_true
 from liger_compile.elements import attended, positions
 from liger_compile.match import Match
-from liger_compile.predicate import Unread, at_least_zero, plus
+from liger_compile.ops import masked_attention
+from liger_compile.predicate import Bool, Unread, at_least_zero, plus
 from liger_compile.registry import pattern
 from liger_compile.terms import same
 
 attention = torch.ops.aten.scaled_dot_product_attention.default
 
+TILE_BYTES = 16
+"""Flash kernels load this much at once, from addresses they take for multiples of it."""
+FEWEST = 128
+"""Queries and keys below which there is no block to skip."""
 
-def check_causal(match: Match) -> str | None:
-    mask = match.captures["attn_mask"]
+
+def read(match: Match) -> Bool | str:
+    """What the mask lets each query see, or why that is not known."""
     try:
-        found = attended(match.view, mask)
+        return attended(match.view, match.captures["attn_mask"])
     except Unread as error:
         return f"the mask cannot be read: {error}"
-    query, key = positions(mask.shape[-2:], "qk")
-    if found != at_least_zero(plus(query, key, -1)):
-        return f"attends where {found!r}, which needs an explicit mask"
+
+
+def check_causal(match: Match) -> str | None:
+    seen = read(match)
+    if isinstance(seen, str):
+        return seen
+    query, key = positions(match.shape("attn_mask")[-2:], "qk")
+    if seen != at_least_zero(plus(query, key, -1)):
+        return f"attends where {seen!r}, which is more than causal"
     if not same(match.shape("query")[-2], match.shape("key")[-2]):
         return "there are not as many keys as queries"
+    return check_layout(match)
+
+
+def check_layout(match: Match) -> str | None:
+    for name in ("query", "key", "value"):
+        operand = match.example(name)
+        if operand is not None and operand.is_cuda and not aligned(operand):
+            return f"{name} is not laid out as flash attention needs it"
     return None
+
+
+def aligned(operand: torch.Tensor) -> bool:
+    """Whether every row begins at a multiple of `TILE_BYTES`, or none is contiguous, which flash kernels refuse."""
+    *outer, last = operand.stride()
+    if not same(last, 1):
+        return True
+    step = TILE_BYTES // operand.element_size()
+    strides = [s for s, n in zip(outer, operand.shape, strict=False) if not same(n, 1)]
+    return all(known_true(s % step == 0) for s in (operand.storage_offset(), *strides))
 
 
 def check_groups(match: Match) -> str | None:
     """On a GPU only flash attention knows of groups of heads; the other kernels would repeat the keys, or be slow."""
-    device = match.device("query")
-    if device.type != "cuda":
+    query = match.example("query")
+    if query is None or not query.is_cuda:
         return None
-    if match.dtype("query").itemsize != 2 or not _has_flash(device):
-        return f"flash attention does not take {match.dtype('query')} on this device"
+    if query.element_size() != 2 or not _has_flash(query.device):
+        return f"flash attention does not take {query.dtype} on this device"
     widths = {match.shape(name)[-1] for name in ("query", "key", "value")}
     if len(widths) > 1 or not all(isinstance(w, int) and w <= 256 for w in widths):
         return f"flash attention does not take heads of {widths} elements"
-    return None
+    return check_layout(match)
 
 
 def _has_flash(device: torch.device) -> bool:
@@ -51,6 +84,39 @@ def _has_flash(device: torch.device) -> bool:
 
 def check_causal_groups(match: Match) -> str | None:
     return check_causal(match) or check_groups(match)
+
+
+def check_seen(match: Match) -> str | dict:
+    """FlexAttention takes any mask that is a function of positions. It is chosen where its kernels are fast."""
+    seen = read(match)
+    if isinstance(seen, str):
+        return seen
+    says = f"attends where {seen!r}"
+    try:
+        code = mask_code.write(match.view, seen)
+    except Unread as error:
+        return f"{says}, which FlexAttention cannot take: it {error}"
+    reason = _unfit(match)
+    return f"{says}; {reason}" if reason else {"attn_mask": None, "seen": code.source, "tensors": code.tensors}
+
+
+def _unfit(match: Match) -> str | None:
+    """Why FlexAttention would not do, or not do well."""
+    query = match.example("query")
+    if query is None or not query.is_cuda:
+        return "FlexAttention trains on CUDA alone"
+    if query.element_size() != 2 or not _has_flash(query.device):
+        return f"FlexAttention is not fast with {query.dtype} on this device"
+    if match.dtype("attn_mask").is_floating_point:
+        return "rows that see nothing are not zero where a mask is added to the scores"
+    widths = [match.shape(name)[-1] for name in ("query", "key", "value")]
+    if not all(isinstance(w, int) and 16 <= w <= 256 for w in widths):
+        return f"FlexAttention is not fast with heads of {widths} elements"
+    if len(match.shape("query")) != 4:
+        return "FlexAttention takes four dimensions"
+    if not all(known_true(match.shape(name)[-2] >= FEWEST) for name in ("query", "key")):
+        return f"there are fewer than {FEWEST} queries or keys, and no block to skip"
+    return None
 
 
 def repeated(query, key, value):
@@ -71,20 +137,30 @@ def examples(make, rows):
         }
 
 
-def attention_pattern(check, **fixed):
-    return pattern(replace=partial(attention, **fixed), check=check, name="attention", examples=examples)
+def attention_pattern(check, replace, **fixed):
+    return pattern(replace=partial(replace, **fixed), check=check, name="attention", examples=examples)
 
 
-@attention_pattern(check_causal, attn_mask=None, is_causal=True)
+@attention_pattern(check_causal, attention, attn_mask=None, is_causal=True)
 def masked(query, key, value, attn_mask: torch.Tensor, dropout_p, scale):
     return attention(query, key, value, attn_mask, dropout_p, scale=scale)
 
 
-@attention_pattern(check_causal_groups, attn_mask=None, is_causal=True, enable_gqa=True)
+@attention_pattern(check_causal_groups, attention, attn_mask=None, is_causal=True, enable_gqa=True)
 def masked_groups(query, key, value, attn_mask: torch.Tensor, dropout_p, scale):
     return attention(query, *repeated(query, key, value), attn_mask, dropout_p, scale=scale)
 
 
-@attention_pattern(check_groups, enable_gqa=True)
+@attention_pattern(check_groups, attention, enable_gqa=True)
 def groups(query, key, value, dropout_p, is_causal, scale):
     return attention(query, *repeated(query, key, value), None, dropout_p, is_causal, scale=scale)
+
+
+@attention_pattern(check_seen, masked_attention)
+def seen(query, key, value, attn_mask: torch.Tensor, scale):
+    return attention(query, key, value, attn_mask, 0.0, scale=scale)
+
+
+@attention_pattern(check_seen, masked_attention)
+def seen_groups(query, key, value, attn_mask: torch.Tensor, scale):
+    return attention(query, *repeated(query, key, value), attn_mask, 0.0, scale=scale)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from liger_compile import mask_code
 from liger_compile import predicate as p
 from liger_compile.elements import attended
 from liger_compile.graph_terms import GraphTerms
@@ -105,7 +106,18 @@ def comparing(found: list[Mask]) -> Callable[..., Any]:
             allowed = actual if actual.dtype is torch.bool else actual > torch.finfo(actual.dtype).min
             names = "bhqk"[4 - actual.ndim :]
             read = tabulate(says, tuple(actual.shape), names, lambda term: values[view.carriers[term][0]])
-            found.append(Mask(repr(says), torch.equal(read, allowed)))
+            right = torch.equal(read, allowed)
+            if not isinstance(says, bool):
+                right &= torch.equal(computed(says, actual.shape), allowed)
+            found.append(Mask(repr(says), right))
+
+        def computed(says: p.Bool, shape: torch.Size) -> Tensor:
+            """By the code that is made of it."""
+            code = mask_code.write(view, says)
+            tensors = [values[view.carriers[t][0]] for t in code.tensors]
+            positions = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
+            missing = [torch.tensor(0)] * (4 - len(shape))
+            return mask_code.function(code.source, len(tensors))(*missing, *positions, *tensors)
 
         return run
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import relative_error, report_of, rewritten
-from models import FAMILIES, batch, build
+from liger_compile.patterns.attention import aligned
+from models import FAMILIES, batch, build, step
 from reading import Mask, comparing
 from torch import nn
 
@@ -230,13 +233,68 @@ def test_not_causal(mask):
     assert any(words in report.misses[0].reason for words in ("attends where", "cannot be read", "setitem")), report
 
 
+BY_EXPRESSION = set(NOT_CAUSAL) - {not_so_low, raised, rounded_positions, changed_in_place}
+
+
+@pytest.mark.parametrize("mask", NOT_CAUSAL, ids=lambda f: f.__name__)
+def test_flex_attention_takes_what_is_read(everywhere, mask):
+    report = report_of(attend(mask), *heads())
+    assert report.counts == ({"attention": 1} if mask in BY_EXPRESSION else {}), report
+    assert_same(attend(mask), heads())
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """FlexAttention also where it is not fast: small, and on the CPU, where the op makes the mask again."""
+    monkeypatch.setattr("liger_compile.patterns.attention._unfit", lambda match: None)
+
+
+def test_data_is_given_to_flex_attention(everywhere):
+    def function(q, k, v, padding):
+        i = torch.arange(q.shape[-2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(i[:, None] >= i) & padding[:, None, None, :].bool())
+
+    padding = torch.ones(2, T, dtype=torch.int64)
+    padding[0, 17:] = padding[1] = 0
+    report = report_of(function, *heads(), padding)
+    (call,) = [n for n in report.graphs[0].after.graph.nodes if n.op not in ("placeholder", "output")]
+    assert call.kwargs["seen"] == "(x0[b, k] != 0) & (q - k >= 0)"
+    assert_same(lambda *qkv: function(*qkv, padding), heads())
+
+
+def test_data_changed_in_place_after_the_mask(everywhere):
+    def function(q, k, v, padding):
+        i = torch.arange(q.shape[-2])
+        mask = (i[:, None] >= i) & (padding[:, None, None, :] != 0)
+        padding.zero_()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    report = report_of(function, *heads(), torch.ones(2, T, dtype=torch.int64))
+    assert not report.counts and "changed in place" in report.misses[0].reason, report
+
+
+def test_no_flex_attention_on_this_device():
+    def function(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=two_chunks(q.shape[-2]))
+
+    (miss,) = report_of(function, *heads()).misses
+    assert "(k) // 16" in miss.reason and "CUDA alone" in miss.reason
+
+
+def test_flash_attention_needs_aligned_rows():
+    x = torch.empty(2, 40, 4, 24, dtype=torch.bfloat16)
+    assert aligned(x) and aligned(x.transpose(1, 2)) and aligned(x[..., 8:16]) and aligned(x.transpose(-1, -2))
+    assert not aligned(x[..., 4:20]) and not aligned(torch.empty(2, 4, 40, 20, dtype=torch.bfloat16))
+    assert aligned(torch.empty(2, 4, 40, 20)) and aligned(torch.empty(2, 4, 1, 8, dtype=torch.bfloat16))
+
+
 def test_more_keys_than_queries():
     def function(q, k, v):
         i, j = torch.arange(q.shape[-2]), torch.arange(k.shape[-2])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=i[:, None] >= j)
 
     (miss,) = report_of(function, *heads(length=T + 8)).misses
-    assert "as many keys" in miss.reason
+    assert "attends where q - k >= 0; FlexAttention" in miss.reason
 
 
 def test_dropout():
@@ -375,9 +433,8 @@ def test_masks_of_models(family, kind):
     """The predicate equals the mask that the model built, element by element."""
     found: list[Mask] = []
     inputs = batch(rows=3)
-    build_kwargs = {"attn_implementation": "sdpa"}
     model = build(family)
-    model.set_attn_implementation(build_kwargs["attn_implementation"])
+    model.set_attn_implementation("sdpa")
     torch.compile(model, backend=comparing(found))(**inputs, **KINDS[kind](inputs))
     assert len(found) == 2 and all(m.right for m in found), found
     assert not any(m.says.startswith("unread") for m in found), found
@@ -387,6 +444,27 @@ def test_masks_of_models(family, kind):
         assert "q - k >= 0" in mask.says
         assert ("attention_mask" in mask.says) == (kind in ("right", "left")), mask
         assert ("cumsum" in mask.says) == (kind == "packed"), mask
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_with_masks_of_models(everywhere, family, kind):
+    """No mask is left in the graph, and loss and gradients are eager's."""
+    inputs = batch(rows=3)
+    inputs |= KINDS[kind](inputs)
+    model = build(family)
+    model.set_attn_implementation("sdpa")
+    eager_loss, eager = step(model, model, inputs)
+    reports = []
+    loss, ours = step(model, torch.compile(model, backend=rewritten(reports)), inputs)
+    assert sum(r.counts.get("attention", 0) for r in reports) == 2, reports
+    for report in reports:
+        graph = report.graphs[0].after.graph
+        graph.eliminate_dead_code()  # a model may make masks that it has no layers for
+        assert not [n for n in graph.nodes if n.target is operator.le], "the mask is still computed"
+    assert relative_error(loss, eager_loss) < 1e-6
+    for name in eager:
+        assert relative_error(ours[name], eager[name]) < 1e-4, name
 
 
 def test_module_with_a_mask_of_its_own():

@@ -55,6 +55,10 @@ SAMPLES = {
         lambda: ((fixed(4, 8), fixed(4, 8), fixed(8), 1e-6, 1.0, "result", False), {}),
         lambda: ((fixed(4, 8), fixed(8, 4).t(), None, 1e-6, 0.0, "factor", False), {}),
     ],
+    "masked_attention": [
+        lambda: ((some(2, 4, 5, 8), some(2, 2, 7, 8), some(2, 2, 7, 8), torch.rand(2, 1, 5, 7) > 0.3), {}),
+        lambda: ((some(2, 2, 5, 8), fixed(2, 2, 5, 8), some(2, 2, 5, 8)), {"seen": "q - k >= 0", "scale": 0.3}),
+    ],
     "glu": [
         lambda: ((some(4, 8), some(4, 8)), {}),
         lambda: ((half(2, 3, 8), half(2, 3, 8), "gelu"), {}),

@@ -10,6 +10,7 @@ import torch
 from helpers import Accuracy
 
 from liger_compile.emit import parameters_of, target_of
+from liger_compile.ops import masked_attention
 from liger_compile.registry import patterns
 
 SPELLINGS = [s for p in patterns() for s in p.spellings]
@@ -21,16 +22,16 @@ each_spelling = pytest.mark.parametrize(
 
 
 class Make:
-    """A factory of operands: of one dtype, with chosen values, contiguous or not."""
+    """A factory of operands: of one dtype, with chosen values, contiguous or not; rows begin at multiples of `step`."""
 
-    def __init__(self, dtype, device, values=torch.randn, strided=False):
-        self.dtype, self.device, self.values, self.strided = dtype, device, values, strided
+    def __init__(self, dtype, device, values=torch.randn, strided=False, step=1):
+        self.dtype, self.device, self.values, self.strided, self.step = dtype, device, values, strided, step
 
     def __call__(self, *shape):
         if not self.strided or len(shape) < 2:
             return self.values(shape).to(self.dtype).to(self.device).requires_grad_()
-        whole = self.values((*shape[:-2], shape[-1] + 3, shape[-2])).to(self.dtype).to(self.device)
-        return whole.transpose(-1, -2)[..., 2:-1].requires_grad_()
+        whole = self.values((*shape[:-2], shape[-1] + 3 * self.step, shape[-2])).to(self.dtype).to(self.device)
+        return whole.transpose(-1, -2)[..., 2 * self.step : -self.step].requires_grad_()
 
     def constant(self, *shape):
         return torch.randn(shape).to(self.dtype).to(self.device)
@@ -108,8 +109,16 @@ def test_every_pattern_has_examples():
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("device", DEVICES)
 def test_as_accurate_as_eager(spelling, dtype, device, strided):
-    compare(spelling, Make(dtype, device, strided=strided), rows=64, runs=4).check(rows=256)
-    compare(spelling, Make(dtype, device, strided=strided), rows=1, runs=4).check(rows=4)
+    skip_uncompiled(spelling, device)
+    step = 8 if spelling.pattern.name == "attention" else 1  # flash kernels crash on others; the pattern refuses them
+    make = Make(dtype, device, strided=strided, step=step)
+    compare(spelling, make, rows=64, runs=4).check(rows=256)
+    compare(spelling, make, rows=1, runs=4).check(rows=4)
+
+
+def skip_uncompiled(spelling, device):
+    if device == "cuda" and target_of(spelling.pattern.replacement)[0] is masked_attention:
+        pytest.skip("on a GPU it is another computation until it is compiled; see test_masked_attention.py")
 
 
 def compare(spelling, make, rows, runs):
@@ -130,6 +139,7 @@ def compare(spelling, make, rows, runs):
 @each_spelling
 @pytest.mark.parametrize("device", DEVICES)
 def test_no_rows(spelling, device):
+    skip_uncompiled(spelling, device)
     for operands in examples(spelling, Make(torch.float32, device), 0):
         eager, eager_grads = run(body(spelling), operands, torch.ones_like)
         ours, our_grads = run(replacement(spelling), operands, torch.ones_like)
@@ -163,6 +173,7 @@ def with_nan(shape):
 @pytest.mark.parametrize("values", [large, denormal, with_infinity, with_nan], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("device", DEVICES)
 def test_extreme_values(spelling, values, device):
+    skip_uncompiled(spelling, device)
     if spelling.pattern.name == "attention" and values in (with_infinity, with_nan):
         pytest.skip("whether a hidden key that is not finite shows differs among PyTorch's own kernels")
     # Fused CUDA kernels (F.rms_norm's) may spoil a whole row with one infinity; the CPU says what the maths gives.

@@ -88,14 +88,16 @@ def _rows(
         most = larger
     peak = tl.max(most, axis=0)
     base = tl.where(peak == float("-inf"), 0.0, peak)
-    lse = base + tl.log(tl.sum(total * tl.exp(most - base), axis=0))
-    tl.store(loss_ptr + row + tl.arange(0, 1), lse - chosen)
+    # base and the sum are kept apart: their log, of the size of the largest logit, would be rounded with it.
+    total = tl.sum(total * tl.exp(most - base), axis=0)
+    tl.store(loss_ptr + row + tl.arange(0, 1), base - chosen + tl.log(total))
     if GRADIENT:
+        inverse = 1.0 / total
         for start in range(0, n_cols, BLOCK):
             cols = start + i
             x = tl.load(at + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
             z, slope = _transform(x, scale, divisor, softcap, WORK, SCALED, CAPPED)
-            g = (tl.exp(z - lse) - tl.where(cols == target, 1.0, 0.0)) * slope
+            g = (tl.exp(z - base) * inverse - tl.where(cols == target, 1.0, 0.0)) * slope
             tl.store(at + cols, g.to(logits_ptr.dtype.element_ty), mask=cols < n_cols)
 
 

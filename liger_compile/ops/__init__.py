@@ -6,7 +6,8 @@ every other device. They can also be called directly: `liger_compile.ops.rms_nor
 
 from .glu import glu, packed_glu
 from .linear_cross_entropy import linear_cross_entropy
+from .masked_attention import masked_attention
 from .rms_norm import rms_norm
 from .rope import rope, rope_pair
 
-__all__ = ["glu", "linear_cross_entropy", "packed_glu", "rms_norm", "rope", "rope_pair"]
+__all__ = ["glu", "linear_cross_entropy", "masked_attention", "packed_glu", "rms_norm", "rope", "rope_pair"]

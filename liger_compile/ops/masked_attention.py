@@ -1,0 +1,122 @@
+"""Attention where only some keys are seen, by PyTorch's FlexAttention.
+
+`masked_attention(query, key, value, attn_mask=None, seen="", tensors=None, scale=None) -> out`
+
+    out[b, h, q] = sum_k p_k value[b, h // groups, k],  p = softmax over the k that are seen of
+                   scale * query[b, h, q] . key[b, h // groups, k]
+
+- query [B, H, Q, D], key [B, G, K, D], value [B, G, K, E], H a multiple of G, groups = H / G; out [B, H, Q, E] in
+  query's dtype. A query that sees no key gives zeros, and gradients of zero.
+- attn_mask: bool, as `scaled_dot_product_attention` takes it: [B, H, Q, K], or a shape that broadcasts to it. Or None,
+  and what it would say as `seen`, an expression of b, h, q, k and x0, x1, ..., the `tensors`; see `mask_code.py`.
+- scale: 1 / sqrt(D) if None.
+- On CUDA, compiled by Inductor, this is one fused kernel that skips blocks of 128 x 128 scores of which none is seen;
+  uncompiled it holds all scores. On other devices it is `scaled_dot_product_attention` with the mask.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from .. import _torch
+from ..mask_code import function
+from ._library import NAMESPACE
+
+BLOCK = 128
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of blocks: how many are set, and their columns first among all columns."""
+    columns = torch.argsort(blocks.to(torch.int32), dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), columns.to(torch.int32)
+
+
+def _mask(seen: str, tensors: Sequence[Tensor], query: Tensor, key: Tensor) -> Tensor:
+    """The mask itself, bool [B, H, Q, K]; B and H are 1 where it does not ask for them."""
+    extents = {"b": query.shape[0], "h": query.shape[1], "q": query.shape[2], "k": key.shape[2]}
+    extents.update({name: 1 for name in "bh" if not _reads(seen, name)})
+    positions = (
+        torch.arange(n, device=query.device).view([-1 if j == i else 1 for j in range(4)])
+        for i, n in enumerate(extents.values())
+    )
+    return function(seen, len(tensors))(*positions, *tensors).expand(list(extents.values()))
+
+
+def _reads(seen: str, position: str) -> bool:
+    return re.search(rf"\b{position}\b", seen) is not None
+
+
+def _block_mask(seen: str, tensors: Sequence[Tensor], query: Tensor, key: Tensor) -> BlockMask:
+    """Which blocks of scores are seen in part, and which whole."""
+    mask = _mask(seen, tensors, query, key)
+    b, h, q, k = mask.shape
+    rows, columns = -(-q // BLOCK), -(-k // BLOCK)
+    padded = pad(mask, (0, columns * BLOCK - k, 0, rows * BLOCK - q))
+    counts = padded.view(b, h, rows, BLOCK, columns, BLOCK).sum((3, 5), dtype=torch.int32)
+    whole = counts == BLOCK * BLOCK
+    return BlockMask.from_kv_blocks(
+        *_ordered((counts > 0) & ~whole),
+        *_ordered(whole),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=function(seen, len(tensors)),
+        seq_lengths=(q, k),
+    )
+
+
+_NAME = f"{NAMESPACE}::masked_attention"
+torch.library.define(
+    _NAME,
+    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, str seen='', Tensor[]? tensors=None,"
+    " float? scale=None) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl(_NAME, "CompositeImplicitAutograd")
+def _composite(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    seen: str = "",
+    tensors: Sequence[Tensor] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    if (attn_mask is None) == (not seen):
+        raise ValueError("masked_attention: give attn_mask, or what it says as `seen`, and not both")
+    if attn_mask is not None:
+        if attn_mask.dtype is not torch.bool or not 2 <= attn_mask.ndim <= 4:
+            raise ValueError(
+                f"masked_attention: attn_mask is {attn_mask.dtype}{tuple(attn_mask.shape)}, needs bool[B, H, Q, K]"
+            )
+        seen, tensors = _lookup(attn_mask), [attn_mask]
+    tensors = tuple(tensors or ())
+    if not query.is_cuda:
+        mask = _mask(seen, tensors, query, key)
+        return scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
+    return _flex(query, key, value, seen, tensors, scale)
+
+
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, seen: str, tensors: tuple[Tensor, ...], scale: float | None
+) -> Tensor:
+    blocks = _block_mask(seen, tensors, query, key)
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1])
+    return _torch.flex_attention(query, key, value, blocks, tensors, scale)
+
+
+def _lookup(mask: Tensor) -> str:
+    """The expression that reads a mask's own elements."""
+    names = "bhqk"[4 - mask.ndim :]
+    return f"x0[{', '.join('0' if n == 1 else name for name, n in zip(names, mask.shape, strict=True))}]"
+
+
+masked_attention = torch.ops.liger_compile.masked_attention.default
