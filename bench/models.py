@@ -177,12 +177,14 @@ def batch(case: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask != 0, ids, -100)}
 
 
-def run(case: dict[str, Any], modes: list[str], repeats: int) -> list[dict[str, Any]]:
+def run(case: dict[str, Any], modes: list[str], repeats: int, only: str) -> list[dict[str, Any]]:
     torch._dynamo.reset()
     inputs = batch(case)
     steps: dict[str, Callable[[], Any]] = {}
     results: dict[str, dict[str, Any]] = {}
     for name, build in contenders(case["config"], modes).items():
+        if only not in name:
+            continue
         base = torch.cuda.memory_allocated()
         model, call = build()
 
@@ -215,12 +217,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=["llama", "qwen3"], choices=list(CASES))
     parser.add_argument("--modes", nargs="*", default=["model", "loss"], choices=["model", "loss"])
+    parser.add_argument("--only", default="", help="contenders with this in their name")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     for name in arguments.cases:
         case = CASES[name]
-        rows = run(case, arguments.modes, arguments.repeats)
+        rows = run(case, arguments.modes, arguments.repeats, arguments.only)
         path = common.save(f"models-{name}", {"title": case["title"], "rows": rows}, arguments.out)
         print(f"\n{case['title']}\n\n{common.table(rows)}\n\n{path}", flush=True)
 
