@@ -176,6 +176,8 @@ def test_extreme_values(spelling, values, device):
     skip_uncompiled(spelling, device)
     if spelling.pattern.name == "attention" and values in (with_infinity, with_nan):
         pytest.skip("whether a hidden key that is not finite shows differs among PyTorch's own kernels")
+    if spelling.pattern.name == "attention" and values is large and device == "cuda":
+        pytest.skip("of two scores of 1e9 the larger is known to no kernel: they are rounded to 64")
     # Fused CUDA kernels (F.rms_norm's) may spoil a whole row with one infinity; the CPU says what the maths gives.
     where = "cpu" if values in (with_infinity, with_nan) else device
 

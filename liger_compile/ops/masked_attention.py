@@ -33,9 +33,17 @@ BLOCK = 128
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of blocks: how many are set, and their columns first among all columns."""
-    columns = torch.argsort(blocks.to(torch.int32), dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32), columns.to(torch.int32)
+    """For each row of blocks: how many are set, and all columns, those of set blocks first.
+
+    By counting: a sort of so few bits would be a kernel that takes minutes to compile.
+    """
+    upto = torch.cumsum(blocks, -1, dtype=torch.int64)
+    counts = upto[..., -1:]
+    columns = torch.arange(blocks.shape[-1], device=blocks.device)
+    place = torch.where(blocks, upto - 1, counts + columns - upto)
+    columns = columns.to(torch.int32).expand(blocks.shape)
+    ordered = columns.new_empty(blocks.shape).scatter(-1, place, columns)
+    return counts.squeeze(-1).to(torch.int32), ordered
 
 
 def _mask(seen: str, tensors: Sequence[Tensor], query: Tensor, key: Tensor) -> Tensor:
@@ -61,13 +69,13 @@ def _block_mask(seen: str, tensors: Sequence[Tensor], query: Tensor, key: Tensor
     padded = pad(mask, (0, columns * BLOCK - k, 0, rows * BLOCK - q))
     counts = padded.view(b, h, rows, BLOCK, columns, BLOCK).sum((3, 5), dtype=torch.int32)
     whole = counts == BLOCK * BLOCK
-    return BlockMask.from_kv_blocks(
-        *_ordered((counts > 0) & ~whole),
-        *_ordered(whole),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=function(seen, len(tensors)),
-        seq_lengths=(q, k),
-    )
+    part = (counts > 0) & ~whole
+    named = {}
+    for prefix, blocks in (("", part), ("full_", whole)):
+        named[f"{prefix}kv_num_blocks"], named[f"{prefix}kv_indices"] = _ordered(blocks)
+        named[f"{prefix}q_num_blocks"], named[f"{prefix}q_indices"] = _ordered(blocks.transpose(-1, -2))
+    mask_mod = function(seen, len(tensors))
+    return BlockMask(seq_lengths=(q, k), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod, **named)
 
 
 _NAME = f"{NAMESPACE}::masked_attention"
