@@ -112,9 +112,10 @@ def _unfit(match: Match) -> str | None:
     widths = [match.shape(name)[-1] for name in ("query", "key", "value")]
     if not all(isinstance(w, int) and 16 <= w <= 256 for w in widths):
         return f"FlexAttention is not fast with heads of {widths} elements"
-    if len(match.shape("query")) != 4:
-        return "FlexAttention takes four dimensions"
-    if not all(known_true(match.shape(name)[-2] >= FEWEST) for name in ("query", "key")):
+    sizes = (*match.shape("query"), *match.shape("key"))
+    if len(sizes) != 8 or not all(isinstance(n, int) for n in sizes):
+        return "FlexAttention is used where four sizes are known to the compiler"
+    if min(match.shape("query")[-2], match.shape("key")[-2]) < FEWEST:
         return f"there are fewer than {FEWEST} queries or keys, and no block to skip"
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import operator
 
 import pytest
@@ -462,6 +463,31 @@ def test_training_with_masks_of_models(everywhere, family, kind):
         graph = report.graphs[0].after.graph
         graph.eliminate_dead_code()  # a model may make masks that it has no layers for
         assert not [n for n in graph.nodes if n.target is operator.le], "the mask is still computed"
+    assert relative_error(loss, eager_loss) < 1e-6
+    for name in eager:
+        assert relative_error(ours[name], eager[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("family, kind", [("mistral", "no padding"), ("gemma3_text", "packed"), ("llama", "left")])
+def test_flex_attention_itself_in_models(everywhere, monkeypatch, family, kind, checkpointed):
+    """Traced as a GPU's graph is, run by FlexAttention's reference. Checkpointed blocks read no tensors outside."""
+    op_file = importlib.import_module("liger_compile.ops.masked_attention")  # the op has the name too
+    monkeypatch.setattr(op_file, "_has_kernel", lambda query: True)
+    inputs = batch(rows=3)
+    inputs |= KINDS[kind](inputs)
+    model = build(family)
+    model.set_attn_implementation("sdpa")
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    eager_loss, eager = step(model, model, inputs)
+    reports = []
+    loss, ours = step(model, torch.compile(model, backend=rewritten(reports, "aot_eager")), inputs)
+    given = checkpointed and kind != "no padding"
+    assert sum(r.counts.get("attention", 0) for r in reports) == (0 if given else 2), reports
+    if given:
+        reasons = {m.reason for r in reports for m in r.misses if m.pattern == "attention"}
+        assert all("which the graph around this one holds" in reason for reason in reasons) and reasons
     assert relative_error(loss, eager_loss) < 1e-6
     for name in eager:
         assert relative_error(ours[name], eager[name]) < 1e-4, name

@@ -106,10 +106,14 @@ def _composite(
             )
         seen, tensors = _lookup(attn_mask), [attn_mask]
     tensors = tuple(tensors or ())
-    if not query.is_cuda:
+    if not _has_kernel(query):
         mask = _mask(seen, tensors, query, key)
         return scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
     return _flex(query, key, value, seen, tensors, scale)
+
+
+def _has_kernel(query: Tensor) -> bool:
+    return query.is_cuda
 
 
 def _flex(
