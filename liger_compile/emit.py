@@ -59,6 +59,8 @@ class Emitter:
             raise Illegal(f"{value} is a size that only the compiler knows")
         if not isinstance(value, Term):
             return value
+        if self.view.lender is not None and value not in self.view.carriers and value in self.view.lender.carriers:
+            self.view.borrow(value)
         carriers = self.view.carriers.get(value)
         if carriers:
             return self.moved.get(carriers[0], carriers[0])

@@ -79,6 +79,10 @@ class GraphTerms:
     terms: Terms = field(default_factory=Terms)
     given: dict[Term, tuple[GraphTerms, Term]] = field(default_factory=dict)
     """For inputs of a body that is called once: the graph that calls it, and what the input is there."""
+    lender: GraphTerms | None = None
+    """For such a body, the graph that calls it, if that can pass it further tensors."""
+    borrowed: list[fx.Node] = field(default_factory=list)
+    """The nodes of that graph which this one now takes as further inputs, behind those it has."""
     _pieces: dict[fx.Node, tuple[Any, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -104,6 +108,29 @@ class GraphTerms:
             constant = isinstance(operand, fx.Node) and _storage(value_of(operand)) not in caller.mutations
             if constant and node in self.of and operand in caller.of:
                 self.given[self.of[node]] = caller, caller.of[operand]
+
+    def own(self, term: Term) -> Term | None:
+        """The term of this graph for a tensor read here; it may be the caller's, if it is or can become an input."""
+        if term in self.carriers:
+            return term
+        passed = next((mine for mine, (_, theirs) in self.given.items() if theirs is term), None)
+        if passed is not None or self.lender is None or term not in self.lender.carriers:
+            return passed
+        changes = _storage(value_of(self.lender.carriers[term][0])) in self.lender.mutations
+        return None if changes else term
+
+    def borrow(self, term: Term) -> None:
+        """Makes a tensor of the caller an input of this graph."""
+        node = self.lender.carriers[term][0]
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            made = self.graph.placeholder(f"{node.name}_borrowed")
+        made.meta["example_value"] = value_of(node)
+        self.borrowed.append(node)
+        self.of[made] = term
+        self.carriers[term] = [made]
+        self.position[made] = -1
+        self.region[made] = self.region[last]
 
     def _visit(self, node: fx.Node) -> None:
         value = value_of(node)

@@ -7,6 +7,7 @@ dtype and device, and computes them once, the first time their values are needed
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +31,11 @@ class Recipe(nn.Module):
         self.body = body
         self.dtype, self.requires_grad = example.dtype, example.requires_grad
         device = example.device.type
-        self.autocast = (
-            (device, torch.get_autocast_dtype(device), True)
-            if torch.is_autocast_enabled(device)
-            else (device, None, False)
-        )
+        self.autocast: dict[str, Any] | None = None  # the meta device has none
+        if torch.amp.is_autocast_available(device):
+            enabled = torch.is_autocast_enabled(device)
+            dtype = torch.get_autocast_dtype(device) if enabled else None
+            self.autocast = {"device_type": device, "dtype": dtype, "enabled": enabled}
 
     def forward(self, *inputs: Any) -> Tensor:
         if all(type(i) in (Tensor, nn.Parameter) or not isinstance(i, Tensor) for i in inputs):
@@ -42,8 +43,7 @@ class Recipe(nn.Module):
         return self.compute(inputs)
 
     def compute(self, inputs: Sequence[Any]) -> Tensor:
-        device, dtype, enabled = self.autocast
-        with torch.autocast(device, dtype, enabled=enabled):
+        with torch.autocast(**self.autocast) if self.autocast else contextlib.nullcontext():
             return self.body(*inputs)
 
     def shape_of(self, inputs: Sequence[Any]) -> Tensor:

@@ -103,9 +103,9 @@ class _Writer:
         raise Unread(f"hangs on {atom!r}, which is known only when the graph runs")
 
     def element(self, element: Element) -> str:
-        tensor = element.tensor
-        if tensor not in self.view.carriers:
-            raise Unread(f"reads {tensor!r}, which the graph around this one holds")
+        tensor = self.view.own(element.tensor)
+        if tensor is None:
+            raise Unread(f"reads {element.tensor!r}, which this graph does not hold")
         for i, n in zip(element.index, tensor.shape, strict=True):
             if not (known_at_least(i, 0) and known_at_least(plus(plus(extent_of(n), linear(-1)), i, -1), 0)):
                 raise Unread(f"may read outside {tensor!r}")

@@ -21,6 +21,8 @@ from .terms import Term
 
 BODIES = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint", "invoke_subgraph", "wrap"})
 """Higher-order operations whose bodies run as they stand, so that rewriting them is rewriting the graph."""
+LENDING = frozenset({"tag_activation_checkpoint"})
+"""Those of them that pass on whatever operands they are given."""
 
 
 def rewrite(gm: fx.GraphModule, options: Options | None = None) -> Report:
@@ -38,7 +40,7 @@ def rewrite(gm: fx.GraphModule, options: Options | None = None) -> Report:
     options = options or Options()
     enabled = [p for p in patterns(options.patterns) if options.wants(p.name)]
     spellings = sorted((s for p in enabled for s in p.spellings), key=lambda s: -s.operations)
-    after = _rewrite_module(gm, spellings, options, report)
+    after, _ = _rewrite_module(gm, spellings, options, report)
     report.graphs.append(GraphReport(gm, after))
     return report
 
@@ -50,23 +52,25 @@ def _rewrite_module(
     report: Report,
     caller: GraphTerms | None = None,
     calls: Sequence[fx.Node] = (),
-) -> fx.GraphModule:
+) -> tuple[fx.GraphModule, list[fx.Node]]:
     """Rewrites a graph and the bodies it calls; returns `gm` itself if nothing changes.
 
-    Of a body, `calls` are the nodes that run it in the graph that `caller` views.
+    Of a body, `calls` are the nodes that run it in the graph that `caller` views; also returned are the nodes of that
+    graph which the body is to be given behind what it was given before.
     """
     after = _torch.copy_module(gm)
     view = GraphTerms.view(after.graph, caller.region[calls[0]] if caller is not None else None)
     if caller is not None and len(calls) == 1:
         view.inputs_from(caller, calls[0].args)
+        view.lender = caller if calls[0].target.__name__ in LENDING else None
     changed = _rewrite_bodies(after, view, spellings, options, report)
     found = _find(view, spellings, options, report)
     changed |= _replace(after, view, found, report)
     if not changed:
-        return gm
+        return gm, []
     after.graph.lint()
     after.recompile()
-    return after
+    return after, view.borrowed
 
 
 def _rewrite_bodies(
@@ -82,10 +86,12 @@ def _rewrite_bodies(
     changed = False
     for name, nodes in calls.items():
         module = getattr(gm, name)
-        after = _rewrite_module(module, spellings, options, report, view, nodes)
+        after, borrowed = _rewrite_module(module, spellings, options, report, view, nodes)
         if after is not module:
             setattr(gm, name, after)
             changed = True
+        if borrowed:
+            nodes[0].args = (*nodes[0].args, *borrowed)
     return changed
 
 

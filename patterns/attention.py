@@ -46,10 +46,15 @@ def check_causal(match: Match) -> str | None:
     return check_layout(match)
 
 
+def on_gpu(operand: torch.Tensor) -> bool:
+    """Or on the meta device: a model without weights is looked at as if it were to run on a GPU."""
+    return operand.is_cuda or operand.is_meta
+
+
 def check_layout(match: Match) -> str | None:
     for name in ("query", "key", "value"):
         operand = match.example(name)
-        if operand is not None and operand.is_cuda and not aligned(operand):
+        if operand is not None and on_gpu(operand) and not aligned(operand):
             return f"{name} is not laid out as flash attention needs it"
     return None
 
@@ -67,7 +72,7 @@ def aligned(operand: torch.Tensor) -> bool:
 def check_groups(match: Match) -> str | None:
     """On a GPU only flash attention knows of groups of heads; the other kernels would repeat the keys, or be slow."""
     query = match.example("query")
-    if query is None or not query.is_cuda:
+    if query is None or not on_gpu(query):
         return None
     if query.element_size() != 2 or not _has_flash(query.device):
         return f"flash attention does not take {query.dtype} on this device"
@@ -78,6 +83,8 @@ def check_groups(match: Match) -> str | None:
 
 
 def _has_flash(device: torch.device) -> bool:
+    if device.type == "meta":
+        return True
     known = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
     return known and torch.backends.cuda.flash_sdp_enabled()
 
@@ -103,7 +110,7 @@ def check_seen(match: Match) -> str | dict:
 def _unfit(match: Match) -> str | None:
     """Why FlexAttention would not do, or not do well."""
     query = match.example("query")
-    if query is None or not query.is_cuda:
+    if query is None or not on_gpu(query):
         return "FlexAttention trains on CUDA alone"
     if query.element_size() != 2 or not _has_flash(query.device):
         return f"FlexAttention is not fast with {query.dtype} on this device"

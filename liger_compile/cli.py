@@ -1,0 +1,157 @@
+"""The command `liger-compile`: what the backend would do to a model, without its weights; patterns; versions."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .explain import explain
+from .registry import patterns
+from .report import Report
+
+PACKAGES = ("liger-compile", "torch", "triton", "transformers", "liger-kernel")
+
+
+class Refused(Exception):
+    """What the user asked for cannot be done; the message says what to change."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0, or 1 if the model cannot be built or run (2: wrong usage)."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        chosen.run(chosen)
+    except Refused as refused:
+        print(f"liger-compile: {refused}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="liger-compile", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("explain", help="what is rewritten in a model, what is not, and why")
+    command.add_argument(
+        "model",
+        help="a transformers config.json or a folder with one, a model type (llama), or package.module:factory, where "
+        "factory() gives a module, or a module and a dictionary of its inputs",
+    )
+    command.add_argument("--rows", type=int, default=2, help="batch size (2)")
+    command.add_argument("--length", type=int, default=512, help="tokens a row (512)")
+    command.add_argument("--padded", action="store_true", help="with an attention_mask, as collators pass one")
+    command.add_argument("--eval", action="store_true", help="in eval mode without labels, instead of a training step")
+    command.add_argument("--checkpointed", action="store_true", help="with gradient checkpointing")
+    command.add_argument("--json", action="store_true", help="JSON instead of a table")
+    command.set_defaults(run=_explain)
+    command = commands.add_parser("patterns", help="the registered patterns and what replaces them")
+    command.set_defaults(run=_patterns)
+    command = commands.add_parser("env", help="versions, for a bug report")
+    command.set_defaults(run=_env)
+    return parser
+
+
+def _explain(chosen: argparse.Namespace) -> None:
+    model, inputs = _load(chosen)
+    model.train(not chosen.eval)
+    try:
+        report = explain(model)(**inputs)
+    except Exception as error:
+        raise Refused(f"{chosen.model} does not run on the meta device: {type(error).__name__}: {error}") from error
+    print(json.dumps(_as_json(report), indent=1) if chosen.json else report)
+
+
+def _load(chosen: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The model, on the meta device, and the inputs of one step."""
+    made = _from_factory(chosen.model) if ":" in chosen.model else _from_config(chosen.model)
+    if isinstance(made, tuple):
+        return made
+    if chosen.checkpointed:
+        if not hasattr(made, "gradient_checkpointing_enable"):
+            raise Refused(f"{chosen.model} cannot be checkpointed from outside; let the factory do it")
+        made.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.ones(chosen.rows, chosen.length, dtype=torch.int64, device="meta")
+    inputs = {"input_ids": ids}
+    if chosen.padded:
+        inputs["attention_mask"] = ids
+    if not chosen.eval:
+        inputs["labels"] = ids
+    return made, inputs
+
+
+def _from_factory(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise Refused(f"{name}: {error}; give package.module:function, importable from here") from error
+    finally:
+        sys.path.pop(0)
+    try:
+        with torch.device("meta"):
+            made = factory()
+    except Exception as error:
+        raise Refused(f"{name}() fails: {type(error).__name__}: {error}") from error
+    model, inputs = made if isinstance(made, tuple) else (made, {})
+    if not isinstance(model, torch.nn.Module) or not isinstance(inputs, dict):
+        raise Refused(f"{name}() gives {type(made).__name__}, not a module, or a module and a dictionary of its inputs")
+    return (model, inputs) if isinstance(made, tuple) else model
+
+
+def _from_config(name: str) -> torch.nn.Module:
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    except ImportError as error:
+        raise Refused("transformers is not installed: pip install it, or give package.module:factory") from error
+    if not Path(name).exists() and name not in CONFIG_MAPPING_NAMES:
+        near = difflib.get_close_matches(name, CONFIG_MAPPING_NAMES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise Refused(f"{name} is no file or folder here, and no model type that transformers knows{hint}")
+    try:
+        config = AutoConfig.from_pretrained(name) if Path(name).exists() else AutoConfig.for_model(name)
+        config.use_cache = False
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except Exception as error:
+        raise Refused(f"{name} gives no causal language model: {type(error).__name__}: {error}") from error
+
+
+def _as_json(report: Report) -> dict[str, Any]:
+    return {
+        "counts": report.counts,
+        "graphs": len(report.graphs),
+        "matches": [dataclasses.asdict(m) for m in report.matches],
+        "misses": [dataclasses.asdict(m) for m in report.misses],
+    }
+
+
+def _patterns(chosen: argparse.Namespace) -> None:
+    for pattern in patterns():
+        code = pattern.function.__code__
+        print(f"{pattern.name:24}{pattern.function.__name__:32}{Path(code.co_filename).name}:{code.co_firstlineno}")
+
+
+def _env(chosen: argparse.Namespace) -> None:
+    for name in PACKAGES:
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            found = "not installed"
+        print(f"{name:16}{found}")
+    print(f"{'python':16}{sys.version.split()[0]}")
+    print(f"{'GPU':16}{torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

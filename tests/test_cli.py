@@ -1,0 +1,117 @@
+"""The command `liger-compile`: output, messages and exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import build
+from torch import nn
+
+import liger_compile
+from liger_compile.cli import main
+from liger_compile.registry import patterns
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A folder with the config.json of a tiny Llama."""
+    build("llama").config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def explained(capsys, *arguments):
+    assert main(["explain", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+ALL = {"rms_norm": 5, "rope": 2, "swiglu": 2, "linear_cross_entropy": 1, "attention": 2}
+
+
+@pytest.mark.parametrize("flags", [[], ["--padded"], ["--checkpointed"], ["--checkpointed", "--padded"]], ids=" ".join)
+def test_explain_training(capsys, config, flags):
+    """On the meta device a model is looked at as on a GPU."""
+    found = explained(capsys, config, *flags)
+    assert found["counts"] == ALL and not found["misses"] and found["graphs"] == 1
+    assert {m["module"] for m in found["matches"] if m["pattern"] == "swiglu"} == {
+        "model.layers.0.mlp",
+        "model.layers.1.mlp",
+    }
+
+
+def test_explain_eval(capsys, config):
+    assert explained(capsys, config / "config.json", "--eval", "--length", 128)["counts"] == {
+        k: n for k, n in ALL.items() if k != "linear_cross_entropy"
+    }
+
+
+def test_explain_as_a_table(capsys, config):
+    assert main(["explain", str(config)]) == 0
+    assert "12 rewrites in 1 graph" in capsys.readouterr().out
+
+
+class Norm(nn.Module):
+    def forward(self, x):
+        return nn.functional.rms_norm(x, (8,))
+
+
+def norm():
+    return Norm(), {"x": torch.empty(2, 8)}
+
+
+def fails():
+    raise RuntimeError("no such thing")
+
+
+def not_a_module():
+    return 3
+
+
+def mistaken():
+    return nn.Linear(3, 4), {"input": torch.empty(2, 5)}
+
+
+def test_explain_a_factory(capsys):
+    assert explained(capsys, "test_cli:norm")["counts"] == {"rms_norm": 1}
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("lama", "did you mean llama?"),
+        ("no_such_module:f", "No module named 'no_such_module'"),
+        ("test_cli:nothing", "give package.module:function"),
+        ("test_cli:fails", "RuntimeError: no such thing"),
+        ("test_cli:not_a_module", "gives int, not a module"),
+        ("test_cli:mistaken", "does not run on the meta device"),
+        ("vit", "vit gives no causal language model"),
+    ],
+)
+def test_refused(capsys, model, message):
+    assert main(["explain", model]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err and not captured.out
+
+
+def test_wrong_usage():
+    with pytest.raises(SystemExit) as stopped:
+        main(["explain"])
+    assert stopped.value.code == 2
+
+
+def test_patterns(capsys):
+    assert main(["patterns"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [[p.name, p.function.__name__] for p in patterns()]
+
+
+def test_env():
+    command = [sys.executable, "-m", "liger_compile.cli", "env"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert found["liger-compile"] == liger_compile.__version__ and found["torch"].startswith(
+        torch.__version__.split("+")[0]
+    )
