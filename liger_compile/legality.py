@@ -88,8 +88,10 @@ def _site(match: Match, outputs: tuple[fx.Node, ...]) -> Site:
         if view.of.get(output) in read_terms:
             raise Illegal("the result is also an operand", output)
     interior: dict[fx.Node, None] = {}
+    # An operand that was written to has its node in `read`, under a term that is not the one it was made with.
+    ends = {*read, *outputs}
     for output in outputs:
-        for node in inputs_of(output, stop=lambda n: view.of.get(n) in read_terms or n in outputs):
+        for node in inputs_of(output, stop=lambda n: n in ends or view.of.get(n) in read_terms):
             interior[node] = None
     start = max([view.position[n] for n in read], default=-1) + 1
     before = max(min(view.position[o] for o in outputs), start)

@@ -107,13 +107,15 @@ def comparing(found: list[Mask]) -> Callable[..., Any]:
             names = "bhqk"[4 - actual.ndim :]
             read = tabulate(says, tuple(actual.shape), names, lambda term: values[view.carriers[term][0]])
             right = torch.equal(read, allowed)
-            if not isinstance(says, bool):
-                right &= torch.equal(computed(says, actual.shape), allowed)
-            found.append(Mask(repr(says), right))
+            again = computed(says, actual.shape)
+            found.append(Mask(repr(says), right and (again is None or torch.equal(again, allowed))))
 
-        def computed(says: p.Bool, shape: torch.Size) -> Tensor:
-            """By the code that is made of it."""
-            code = mask_code.write(view, says)
+        def computed(says: p.Bool, shape: torch.Size) -> Tensor | None:
+            """By the code that is made of it, if it can be."""
+            try:
+                code = mask_code.write(view, says)
+            except p.Unread:
+                return None
             tensors = [values[view.carriers[t][0]] for t in code.tensors]
             positions = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
             missing = [torch.tensor(0)] * (4 - len(shape))

@@ -275,6 +275,19 @@ def test_data_changed_in_place_after_the_mask(everywhere):
     assert not report.counts and "changed in place" in report.misses[0].reason, report
 
 
+def test_keys_written_in_place():
+    """As latent attention does: a tensor for both parts of the keys, each copied into its place."""
+
+    def function(q, k, v):
+        k = F.rms_norm(k, (16,))
+        keys = k.new_empty(k.shape)
+        keys[..., :8], keys[..., 8:] = k[..., 8:], k[..., :8]
+        return F.scaled_dot_product_attention(q, keys, v, attn_mask=tril_of_ones(q.shape[-2]))
+
+    assert report_of(function, *heads()).counts == {"attention": 1, "rms_norm": 1}
+    assert_same(function, heads())
+
+
 def test_no_flex_attention_on_this_device():
     def function(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=two_chunks(q.shape[-2]))

@@ -1,0 +1,372 @@
+"""What is found, rewritten and left in every decoder family that transformers knows.
+
+    python -m bench.coverage [families...] [--out FOLDER]
+
+Each family is made tiny, with random weights, and runs one training step with labels: in eager, and with its Dynamo
+graphs rewritten. Sites are counted in the ATen graphs before and after the rewrite, by what is left of the maths there
+(`SITES`), with no help from the matcher. The whole sweep also writes docs/coverage.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch import fx
+
+from . import common
+
+TABLE = Path(__file__).parent.parent / "docs" / "coverage.md"
+ROWS, LENGTH = 2, 32
+
+# ---- sites --------------------------------------------------------------------------------------------------------
+
+PASSING = {"_to_copy", "clone", "view", "_unsafe_view", "expand", "alias", "unsqueeze", "squeeze", "t", "transpose"}
+
+
+def op(node: Any) -> str:
+    target = getattr(node, "target", None)
+    known = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
+    return target.overloadpacket.__name__ if known else ""
+
+
+def origin(node: Any) -> Any:
+    """The node whose values these are, whatever their dtype and shape."""
+    while isinstance(node, fx.Node) and op(node) in PASSING:
+        node = node.args[0]
+    return node
+
+
+def is_norm(node: fx.Node) -> bool:
+    """1 / sqrt(mean(x^2) + eps), where x is not centred first (that is a LayerNorm)."""
+    if op(node) in ("_fused_rms_norm", "rms_norm"):
+        return True
+    inverse = op(node) == "rsqrt" or (op(node) == "pow" and node.args[1] == -0.5)
+    if op(node) in ("reciprocal", "div"):
+        inverse = op(origin(node.args[-1])) == "sqrt"
+        node = origin(node.args[-1]) if inverse else node
+    if not inverse:
+        return False
+    inner = origin(node.args[0])
+    while op(inner) in ("add", "div", "clamp_min", "clamp"):
+        inner = origin(inner.args[0])
+    if op(inner) not in ("mean", "sum"):
+        return False
+    squares = origin(inner.args[0])
+    twice = op(squares) == "mul" and origin(squares.args[0]) is origin(squares.args[1])
+    if not (twice or (op(squares) == "pow" and squares.args[1] == 2)):
+        return False
+    centred = origin(squares.args[0])
+    return not (op(centred) == "sub" and "mean" in map(op, map(origin, centred.args)))
+
+
+def is_rotation(node: fx.Node) -> bool:
+    """Halves or neighbours put together with one of them negated, or pairs taken as complex numbers."""
+    if op(node) == "view_as_real":
+        return True
+    if op(node) not in ("cat", "stack"):
+        return False
+    parts = [origin(p) for p in node.args[0]]
+    return len(parts) == 2 and [op(p) for p in parts].count("neg") == 1
+
+
+def is_gated(node: fx.Node) -> bool:
+    """An activation of one value times another."""
+    if op(node) != "mul" or not all(isinstance(a, fx.Node) for a in node.args):
+        return False
+    for a, b in (node.args, node.args[::-1]):
+        gate = origin(a)
+        if op(gate) in ("silu", "gelu") and origin(gate.args[0]) is not origin(b):
+            return b.meta["val"].shape == a.meta["val"].shape and op(origin(b)) not in ("silu", "gelu", "sigmoid")
+    return False
+
+
+def is_loss(node: fx.Node) -> bool:
+    return op(node) == "nll_loss_forward"
+
+
+def is_masked_attention(node: fx.Node) -> bool:
+    return "scaled_dot_product" in op(node) and any(
+        isinstance(a, fx.Node) and a.meta["val"].ndim == 4 for a in (*node.args[3:], node.kwargs.get("attn_mask"))
+    )
+
+
+SITES: dict[str, Callable[[fx.Node], bool]] = {
+    "norm": is_norm,
+    "rope": is_rotation,
+    "glu": is_gated,
+    "loss": is_loss,
+    "mask": is_masked_attention,
+}
+
+
+def sites(gm: fx.GraphModule, inputs: tuple[Any, ...]) -> collections.Counter[str]:
+    """How often each kind of site is in a graph, as PyTorch decomposes it."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.no_grad():
+        traced = make_fx(gm)(*inputs)
+    found: collections.Counter[str] = collections.Counter()
+    for node in traced.graph.nodes:
+        if node.op == "call_function":
+            found.update(kind for kind, is_site in SITES.items() if is_site(node))
+    return found
+
+
+# ---- tiny models --------------------------------------------------------------------------------------------------
+
+SMALL: list[tuple[str, Any]] = [
+    (r"vocab_size", 256),
+    (r"num_nextn_predict_layers|first_k_dense_replace|num_kv_shared_layers|.*start_index|mtp_num_layers", 0),
+    (r"(num_|n_|n)?(hidden_|decoder_|encoder_|de|en)?layers?(_num)?", 2),
+    (r"max_position_embeddings|n_positions|max_seq(uence)?_len(gth)?|n_ctx", 128),
+    (r".*sliding_window|.*window_size|attention_chunk_size", 16),
+    (r"(num_)?experts_per_tok(en)?|.*top_?k(_experts)?|moe_k", 2),
+    (r"(num_|n_)shared_experts|n_group|topk_group", 1),
+    (r".*num(_local|_routed)?_experts|n_routed_experts|moe_num_experts", 4),
+    (r".*(kv_heads|key_value_heads)|n_kv_heads", 2),
+    (r".*(num_heads|attention_heads|n_heads?)", 4),
+    (r"qk_rope_head_dim|rotary_dim", 8),
+    (r".*(head_dim|kv_channels|attention_head_size|d_kv)", 16),
+    (r"q_lora_rank", 32),
+    (r"kv_lora_rank", 16),
+    (r"(moe|expert|shared).*(intermediate|ffn).*size", 32),
+    (r".*(intermediate_size|ffn_dim|ffn_hidden_size|n_inner|d_ff)", 128),
+    (r"hidden_size|d_model|n_embd|embed_dim|word_embed_proj_dim|dim|embedding_size", 64),
+    (
+        r"(attention|hidden|embd|resid|attn|activation|classifier)_?(probs_)?(dropout|pdrop)(_prob)?|dropout|.*layerdrop",
+        0.0,
+    ),
+    (r"pad_token_id", 0),
+    (r"use_cache", False),
+]
+"""What a field of a configuration is set to, by its name: the first pattern that fits the whole of it."""
+
+
+def tiny(family: str) -> torch.nn.Module:
+    """A model of the family's own classes with small sizes, in train mode."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[family]()
+    config = type(config)(**changed(config))
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+
+
+def changed(config: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in config.to_dict().items():
+        small = next((v for pattern, v in SMALL if re.fullmatch(pattern, name)), None)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if small is not None and (number or (value is None and name in ("head_dim", "num_key_value_heads"))):
+            found[name] = min(value, small) if value and value > 0 and name != "pad_token_id" else small
+        elif isinstance(value, bool) and name == "use_cache":
+            found[name] = False
+        elif name.endswith("_token_id") and name != "pad_token_id":
+            found[name] = 1
+    if "qk_rope_head_dim" in found:  # latent attention: every head has keys of its own, of which a part is rotated
+        found["num_key_value_heads"] = found["num_attention_heads"]
+        found["head_dim"] = found["qk_rope_head_dim"]
+    return found
+
+
+def families() -> list[str]:
+    """Those with a configuration of their own for text; the others are such a one with eyes or ears."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    def is_text(family: str) -> bool:
+        try:
+            config = CONFIG_MAPPING[family]()
+        except Exception:
+            return True
+        return config.get_text_config() is config
+
+    return [family for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if is_text(family)]
+
+
+# ---- one family ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Coverage:
+    family: str
+    found: dict[str, int] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
+    rewritten: dict[str, int] = field(default_factory=dict)
+    graphs: int = 0
+    reasons: list[str] = field(default_factory=list)
+    """Why sites were left, as the report says."""
+    loss_error: float | None = None
+    gradient_error: float | None = None
+    failure: str = ""
+
+
+def cover(family: str) -> Coverage:
+    import liger_compile
+
+    result = Coverage(family)
+    try:
+        model = tiny(family)
+        ids = torch.randint(5, 250, (ROWS, LENGTH))
+        batch = {"input_ids": ids, "labels": ids}
+        eager_loss, eager = step(model, model, batch)
+    except Exception as error:
+        result.failure = f"does not run in eager: {type(error).__name__}: {str(error).splitlines()[0][:100]}"
+        return result
+    found: collections.Counter[str] = collections.Counter()
+    left: collections.Counter[str] = collections.Counter()
+    report = liger_compile.Report()
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        one = liger_compile.rewrite(gm)
+        report.merge(one)
+        after = one.graphs[0].after
+
+        def run(*inputs: Any) -> Any:
+            nonlocal found, left
+            found += sites(gm, inputs)
+            left += sites(after, inputs)
+            return after(*inputs)
+
+        return run
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    try:
+        loss, ours = step(model, torch.compile(model, backend=backend), batch)
+    except Exception as error:
+        result.failure = f"does not run rewritten: {type(error).__name__}: {str(error).splitlines()[0][:100]}"
+        return result
+    result.found, result.left, result.rewritten = dict(found), dict(+left), report.counts
+    result.graphs = len(report.graphs)
+    result.reasons = sorted({f"{m.pattern}: {m.reason}" for m in report.misses})
+    result.loss_error = abs(loss - eager_loss) / abs(eager_loss)
+    largest = max(float(g.norm()) for g in eager.values())
+    # Gradients that are nothing but rounding (of a layer that does not matter to the loss) have no relative error.
+    result.gradient_error = max(relative(ours[n], g) for n, g in eager.items() if float(g.norm()) > 1e-6 * largest)
+    return result
+
+
+def step(model: torch.nn.Module, call: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    torch.manual_seed(1)
+    model.zero_grad()
+    loss = call(**batch).loss
+    loss.backward()
+    return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
+    scale = float(reference.double().norm())
+    return float((value.double() - reference.double()).norm()) / scale if scale else float(value.double().norm())
+
+
+# ---- all of them --------------------------------------------------------------------------------------------------
+
+
+def totals(results: list[Coverage]) -> dict[str, str]:
+    found: collections.Counter[str] = collections.Counter()
+    left: collections.Counter[str] = collections.Counter()
+    for result in results:
+        found.update(result.found)
+        left.update(result.left)
+    return {kind: f"{found[kind] - left[kind]} / {found[kind]}" for kind in SITES}
+
+
+def rows(results: list[Coverage]) -> Iterator[dict[str, Any]]:
+    for r in results:
+        counts = {k: f"{r.found.get(k, 0) - r.left.get(k, 0)} / {r.found[k]}" if r.found.get(k) else "" for k in SITES}
+        errors = {"loss": r.loss_error, "gradients": r.gradient_error}
+        yield {
+            "family": r.family,
+            **counts,
+            "graphs": r.graphs or "",
+            **{f"error of {k}": "" if v is None else f"{v:.0e}" for k, v in errors.items()},
+            "": r.failure,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="all of them by default")
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--here", action="store_true", help="run in this process, print JSON")
+    arguments = parser.parse_args()
+    chosen = arguments.families or families()
+    if arguments.here:
+        for family in chosen:
+            print(json.dumps(asdict(cover(family))), flush=True)
+        return
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        results = list(pool.map(alone, chosen))
+    print(common.table(list(rows(results))), "\n\nrewritten / found:", totals(results))
+    if not arguments.families:
+        path = common.save("coverage", [asdict(r) for r in results], arguments.out)
+        TABLE.write_text(page(results))
+        print(path, TABLE)
+
+
+def alone(family: str) -> Coverage:
+    """One family in a process of its own: a crash or a change of global state harms no other."""
+    command = [sys.executable, "-m", "bench.coverage", "--here", family]
+    with tempfile.TemporaryFile("w+") as errors:
+        try:
+            result = subprocess.run(
+                command,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                timeout=300,
+            )
+            line = result.stdout.strip().splitlines()[-1:]
+        except subprocess.TimeoutExpired:
+            line = []
+        errors.seek(0)
+        last = (errors.read().strip().splitlines() or ["no answer"])[-1]
+    found = Coverage(**json.loads(line[0])) if line else Coverage(family, failure=last[:120])
+    print(family, found.failure or f"{found.rewritten}", file=sys.stderr, flush=True)
+    return found
+
+
+PAGE = """# Coverage
+
+`python -m bench.coverage`, {date}, torch {torch}, transformers {transformers}, commit {commit}: every family that
+`AutoModelForCausalLM` knows, made tiny, one training step in float32 on a CPU. Cells are sites rewritten / found,
+counted in the ATen graphs before and after; `mask` is attention with an explicit mask. Errors are relative to eager's.
+
+{ran} of {known} families ran. In all: {totals}.
+
+{table}
+"""
+
+
+def page(results: list[Coverage]) -> str:
+    return PAGE.format(
+        **common.environment(),
+        ran=sum(not r.failure for r in results),
+        known=len(results),
+        totals="; ".join(f"{kind} {count}" for kind, count in totals(results).items()),
+        table=common.table(list(rows(results))),
+    )
+
+
+if __name__ == "__main__":
+    main()
