@@ -1,0 +1,81 @@
+"""The sweep over model families, on some of them: sites are counted right, all are rewritten, nothing changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import capture
+
+from bench.coverage import cover, sites
+
+LEFT = {
+    **dict.fromkeys(
+        ["apertus", "arcee", "exaone4", "gemma", "granite", "hunyuan_v1_dense", "llama", "mixtral", "olmo2", "olmoe"],
+        {},
+    ),
+    **dict.fromkeys(["phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"], {}),
+    **dict.fromkeys(["ernie4_5", "glm", "glm4", "helium"], {"rope": 4}),  # neighbours are rotated, not halves
+    "nanochat": {"rope": 4},  # the other way round
+}
+"""Families, and the sites that no pattern takes yet."""
+
+
+@pytest.mark.parametrize("family", LEFT)
+def test_family(family):
+    result = cover(family)
+    assert not result.failure, result.failure
+    left = {kind: n for kind, n in result.left.items() if kind != "mask"}  # windows stay on a CPU
+    assert result.found["norm"] and result.found["loss"] == 1 and left == LEFT[family], result
+    assert bool(result.reasons) == bool(result.left), "what is left has a reason, and nothing else has"
+    assert result.loss_error < 1e-5 and result.gradient_error < 1e-4, result
+
+
+def count(function, *inputs):
+    return dict(sites(capture(function, *inputs), inputs))
+
+
+def half(x):
+    a, b = x.chunk(2, -1)
+    return torch.cat((-b, a), -1)
+
+
+def neighbours(x):
+    return torch.view_as_real(torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * 1j).flatten(-2)
+
+
+COUNTED = {
+    "norm": lambda x: x * (x * x).mean(-1, keepdim=True).add(1e-6).rsqrt(),
+    "norm by a power": lambda x: x * (x.pow(2).mean(-1, keepdim=True) + 1e-6) ** -0.5,
+    "norm by a root": lambda x: x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-6),
+    "norm as one": lambda x: F.rms_norm(x, (8,)),
+    "rope": lambda x: x * 0.5 + half(x) * 0.7,
+    "rope of complex numbers": neighbours,
+    "glu": lambda x: F.silu(x) * (x + 1),
+    "loss": lambda x: F.cross_entropy(x, torch.tensor([0, 1, 2, 3])),
+    "mask": lambda x: F.scaled_dot_product_attention(
+        x.view(1, 1, 4, 8), x.view(1, 1, 4, 8), x.view(1, 1, 4, 8), torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_counting(name):
+    assert count(COUNTED[name], torch.randn(4, 8)) == {name.split()[0]: 1}
+
+
+NOT_COUNTED = {
+    "layer norm": lambda x: F.layer_norm(x, (8,)),
+    "layer norm by hand": lambda x: (
+        (x - x.mean(-1, keepdim=True)) * (x - x.mean(-1, keepdim=True)).pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt()
+    ),
+    "activation": lambda x: F.silu(x) * 2,
+    "swish by hand": lambda x: F.silu(x) * x,
+    "two halves": lambda x: torch.cat(x.chunk(2, -1), -1) + 1,
+    "attention": lambda x: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None], is_causal=True),
+}
+
+
+@pytest.mark.parametrize("name", NOT_COUNTED)
+def test_not_counting(name):
+    assert count(NOT_COUNTED[name], torch.randn(4, 8)) == {}
