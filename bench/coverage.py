@@ -350,10 +350,10 @@ PAGE = """# Coverage
 
 `python -m bench.coverage`, {date}, torch {torch}, transformers {transformers}, commit {commit}: every family that
 `AutoModelForCausalLM` knows, made tiny, one training step in float32 on a CPU. Cells are sites rewritten / found,
-counted in the ATen graphs before and after. `mask` is attention with an explicit mask: on a CPU a causal one is taken out,
-and others stay, which a GPU would give to FlexAttention. Errors are relative to eager's; those of gradients leave out
-parameters whose gradient is a millionth of the largest, and thus rounding. A rotation of q and one of k are two sites.
-Families of images or sound are those of their text model, and not listed.
+counted in the ATen graphs before and after. `mask` is attention with an explicit mask: on a CPU a causal one is taken
+out, and others stay, which a GPU would give to FlexAttention. Errors are relative to eager's; those of gradients leave
+out parameters whose gradient is a millionth of the largest, and thus rounding. A rotation of q and one of k are two
+sites. Families of images or sound are those of their text model, and not listed.
 
 {ran} of {known} families ran. In all: {totals}.
 

@@ -9,15 +9,12 @@ from helpers import capture
 
 from bench.coverage import cover, sites
 
+NEIGHBOURS = {"rope": 4}  # rotated against each other, instead of halves
 LEFT = {
-    **dict.fromkeys(
-        ["apertus", "arcee", "exaone4", "gemma", "granite", "hunyuan_v1_dense", "llama", "mixtral", "olmo2", "olmoe"],
-        {},
-    ),
-    **dict.fromkeys(["phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"], {}),
-    **dict.fromkeys(["ernie4_5", "glm", "glm4", "helium"], {"rope": 4}),  # neighbours are rotated, not halves
-    "nanochat": {"rope": 4},  # the other way round
-}
+    "apertus": {}, "arcee": {}, "ernie4_5": NEIGHBOURS, "exaone4": {}, "gemma": {}, "glm": NEIGHBOURS, "glm4": NEIGHBOURS,
+    "granite": {}, "helium": NEIGHBOURS, "hunyuan_v1_dense": {}, "llama": {}, "mixtral": {}, "olmo2": {}, "olmoe": {},
+    "nanochat": {"rope": 4}, "phi3": {}, "qwen2": {}, "qwen3": {}, "qwen3_moe": {}, "smollm3": {},
+}  # fmt: skip
 """Families, and the sites that no pattern takes yet."""
 
 
@@ -27,7 +24,7 @@ def test_family(family):
     assert not result.failure, result.failure
     left = {kind: n for kind, n in result.left.items() if kind != "mask"}  # windows stay on a CPU
     assert result.found["norm"] and result.found["loss"] == 1 and left == LEFT[family], result
-    assert bool(result.reasons) == bool(result.left), "what is left has a reason, and nothing else has"
+    assert result.reasons or not result.left, "left without a reason"
     assert result.loss_error < 1e-5 and result.gradient_error < 1e-4, result
 
 
