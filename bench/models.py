@@ -1,6 +1,6 @@
 """Whole training steps, forward and backward, of model shapes that people train.
 
-    python -m bench.models [llama] [qwen3] [llama-padded] [qwen3-padded] [mistral] [gemma2] [--out FOLDER]
+    python -m bench.models [llama] [qwen3] [mistral] [gemma2] [llama-padded] [qwen3-padded] [--out FOLDER]
 
 Eager, Inductor, Liger-Kernel and liger_compile in one process, timed in turns; each with the whole model
 (`torch.compile(model)`, which returns logits) and, compiled, with a step that returns the loss alone.
@@ -215,7 +215,8 @@ def run(case: dict[str, Any], modes: list[str], repeats: int, only: str) -> list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", default=["llama", "qwen3"], choices=list(CASES))
+    real = [name for name in CASES if not name.startswith("tiny")]
+    parser.add_argument("cases", nargs="*", default=real, choices=list(CASES))
     parser.add_argument("--modes", nargs="*", default=["model", "loss"], choices=["model", "loss"])
     parser.add_argument("--only", default="", help="contenders with this in their name")
     parser.add_argument("--repeats", type=int, default=15)
