@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         "factory() gives a module, or a module and a dictionary of its inputs",
     )
     command.add_argument("--rows", type=int, default=2, help="batch size (2)")
-    command.add_argument("--length", type=int, default=512, help="tokens a row (512)")
+    command.add_argument("--length", type=int, default=2048, help="tokens a row (2048)")
     command.add_argument("--padded", action="store_true", help="with an attention_mask, as collators pass one")
     command.add_argument("--eval", action="store_true", help="in eval mode without labels, instead of a training step")
     command.add_argument("--checkpointed", action="store_true", help="with gradient checkpointing")

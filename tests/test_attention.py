@@ -248,7 +248,7 @@ def test_flex_attention_takes_what_is_read(everywhere, mask):
 @pytest.fixture
 def everywhere(monkeypatch):
     """FlexAttention also where it is not fast: small, and on the CPU, where the op makes the mask again."""
-    monkeypatch.setattr("liger_compile.patterns.attention._unfit", lambda match: None)
+    monkeypatch.setattr("liger_compile.patterns.attention._unfit", lambda match, seen: None)
 
 
 def test_data_is_given_to_flex_attention(everywhere):
@@ -294,6 +294,38 @@ def test_no_flex_attention_on_this_device():
 
     (miss,) = report_of(function, *heads()).misses
     assert "(k) // 16" in miss.reason and "CUDA alone" in miss.reason
+
+
+def bidirectional(q, k, v, padding):
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=(padding != 0)[:, None, None, :].expand(-1, 1, q.shape[2], -1)
+    )
+
+
+def causal_and_padded(q, k, v, padding):
+    i = torch.arange(q.shape[2], device=q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(i[:, None] >= i) & (padding != 0)[:, None, None, :])
+
+
+@pytest.mark.parametrize(
+    "function, length, dtype, width, reason",
+    [
+        (causal_and_padded, 1024, torch.bfloat16, 64, None),
+        (causal_and_padded, 512, torch.bfloat16, 64, "fewer than 1024"),
+        (bidirectional, 1024, torch.bfloat16, 64, "causal among others"),
+        (causal_and_padded, 1024, torch.float32, 64, "not fast with torch.float32"),
+        (causal_and_padded, 1024, torch.bfloat16, 512, "heads of [512, 512, 512]"),
+    ],
+)
+def test_when_flex_attention_is_taken(function, length, dtype, width, reason):
+    """As on a GPU; see `on_gpu`."""
+    inputs = heads(length=length, dtype=dtype, width=width, device="meta")
+    inputs[0] = torch.empty(2, 4, length, width, dtype=dtype, device="meta")
+    report = report_of(function, *inputs, torch.ones(2, length, dtype=torch.int64, device="meta"))
+    if reason is None:
+        assert report.counts == {"attention": 1}, report
+    else:
+        assert not report.counts and reason in report.misses[0].reason, report
 
 
 def test_flash_attention_needs_aligned_rows():
