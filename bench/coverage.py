@@ -119,7 +119,7 @@ def sites(gm: fx.GraphModule, inputs: tuple[Any, ...]) -> collections.Counter[st
     """How often each kind of site is in a graph, as PyTorch decomposes it."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():  # dropout draws numbers that the model is to draw
         traced = make_fx(gm)(*inputs)
     found: collections.Counter[str] = collections.Counter()
     for node in traced.graph.nodes:
