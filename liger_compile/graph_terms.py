@@ -116,8 +116,8 @@ class GraphTerms:
         passed = next((mine for mine, (_, theirs) in self.given.items() if theirs is term), None)
         if passed is not None or self.lender is None or term not in self.lender.carriers:
             return passed
-        changes = _storage(value_of(self.lender.carriers[term][0])) in self.lender.mutations
-        return None if changes else term
+        storage = _storage(value_of(self.lender.carriers[term][0]))
+        return None if storage in self.lender.mutations or storage in self.mutations else term
 
     def borrow(self, term: Term) -> None:
         """Makes a tensor of the caller an input of this graph."""

@@ -60,16 +60,20 @@ def _computed(match: Match, root: Term) -> list[fx.Node]:
     return computed or carriers[:1]
 
 
+def _captured(match: Match) -> list[tuple[str, Term]]:
+    named = [(n, t) for n, c in match.captures.items() for t in (c if isinstance(c, tuple) else (c,))]
+    return [(n, t) for n, t in named if isinstance(t, Term)]
+
+
 def operands(match: Match) -> list[tuple[str, Term]]:
     """The tensors a match reads, by the names of the replacement's parameters."""
-    named = [(n, t) for n, c in match.captures.items() for t in (c if isinstance(c, tuple) else (c,))]
-    return [(n, t) for n, t in named if isinstance(t, Term) and not t.is_number]
+    return [(n, t) for n, t in _captured(match) if not t.is_number]
 
 
 def sources(match: Match) -> dict[fx.Node, Term]:
     """The nodes that exist in the graph and from which the operands are read."""
     found: dict[fx.Node, Term] = {}
-    todo = [t for c in match.captures.values() for t in (c if isinstance(c, tuple) else (c,)) if isinstance(t, Term)]
+    todo = [t for _, t in _captured(match)]
     while todo:
         term = todo.pop()
         nodes = match.view.carriers.get(term)
