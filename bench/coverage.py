@@ -153,7 +153,6 @@ SMALL: list[tuple[str, Any]] = [
         0.0,
     ),
     (r"pad_token_id", 0),
-    (r"use_cache", False),
 ]
 """What a field of a configuration is set to, by its name: the first pattern that fits the whole of it."""
 

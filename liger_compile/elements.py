@@ -458,6 +458,12 @@ def attended(view: GraphTerms, mask: Term) -> Bool:
     Raises:
         Unread: the mask is neither, as far as can be read.
     """
+    if mask not in view.masks:
+        view.masks[mask] = _attended(view, mask)
+    return view.masks[mask]
+
+
+def _attended(view: GraphTerms, mask: Term) -> Bool:
     value = read(view, mask, positions(mask.shape, "bhqk"[4 - len(mask.shape) :]))
     if not mask.dtype.is_floating_point:
         return truth(value)

@@ -81,6 +81,8 @@ class GraphTerms:
     """For inputs of a body that is called once: the graph that calls it, and what the input is there."""
     lender: GraphTerms | None = None
     """For such a body, the graph that calls it, if that can pass it further tensors."""
+    masks: dict[Term, Any] = field(default_factory=dict)
+    """What has been read of attention masks, which all layers share."""
     borrowed: list[fx.Node] = field(default_factory=list)
     """The nodes of that graph which this one now takes as further inputs, behind those it has."""
     _pieces: dict[fx.Node, tuple[Any, ...]] = field(default_factory=dict)

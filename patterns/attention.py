@@ -1,8 +1,8 @@
 """Attention whose mask is index arithmetic, or whose keys and values are repeated for groups of heads.
 
 There is no kernel of ours in this file. A mask that says no more than "causal" is left out: PyTorch's own attention,
-told so, can run the flash kernels, which skip what is hidden. Any other mask that can be read becomes FlexAttention's.
-Neither mask nor repeated keys are stored.
+told so, can run the flash kernels, which skip what is hidden. A mask that says more becomes FlexAttention's, where that
+was measured to be faster. Neither mask nor repeated keys are stored.
 """
 
 from functools import partial
