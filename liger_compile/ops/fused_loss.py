@@ -1,0 +1,490 @@
+"""Linear + cross-entropy in bfloat16 on Hopper: the ops behind `linear_cross_entropy` there.
+
+`kernels/loss_rows.py` has the formulas. Where all rows fit in one chunk, `fused_loss` keeps the gradients of the
+logits, and `fused_loss_backward` multiplies them. Where they do not, `fused_loss_and_gradients` goes through the rows
+in chunks and makes the gradients at once, for row weights that are known. What these still lack are the labels' terms:
+`whole_dhidden` and `whole_dweight` add them in the backward, and multiply with the gradient of the loss, in float32,
+and round once.
+
+Until then dweight is packed: float16 with a scale for each column, so that sums over chunks are rounded to 11 bits. A
+column's scale keeps it from overflow: no logit's gradient is larger than its row's weight, so no sum is larger than the
+column's weighted sum of magnitudes in hidden. It passes for bfloat16, the dtype of the result: Inductor then writes
+that over it.
+
+There is no reference: on other devices `linear_cross_entropy` takes its other road. These ops run interpreted there.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._library import NAMESPACE, define, once_differentiable
+
+TILE = 128
+"""Rows of a chunk are a multiple of this."""
+LOSS_ROWS = 2048
+"""Rows of a chunk where only the loss is wanted: they and as much of the weight stay in L2."""
+SAMPLE = 128
+"""Classes whose logits are computed beforehand, to know how large a row's logits are."""
+FEW = 66
+"""Blocks of dhidden, 128 x 256, with which half of an H100's multiprocessors are busy."""
+LARGEST = 32768.0
+"""Packed values are at most this, half of float16's range."""
+
+
+def chunk_rows(n: int, width: int, classes: int, budget: int) -> int:
+    """Rows of a chunk, of n rows in all, so that it takes at most `budget` bytes; chunks are about equal.
+
+    A row takes 2 bytes for each class, and 4 for each 256 of them (sums); if there are fewer than FEW blocks of
+    dhidden, these are made in parts, which take up to two bytes for each of their elements.
+    """
+    each = 2 * classes + 4 * -(-classes // 256)
+    fit = budget // each // TILE * TILE
+    if fit // TILE * -(-width // 256) < FEW:
+        fit = (budget - 2 * 2 * FEW * TILE * 256) // each // TILE * TILE
+    fit = max(fit, TILE)
+    chunks = max(-(-n // fit), 1)
+    return _tiled(-(-n // chunks))
+
+
+def _tiled(n: int) -> int:
+    return max(-(-n // TILE) * TILE, TILE)
+
+
+def _products() -> Any:
+    return import_module("liger_compile.kernels.loss_products")
+
+
+def _rows() -> Any:
+    return import_module("liger_compile.kernels.loss_rows")
+
+
+class _Order(NamedTuple):
+    """The rows that count, by label, found without waiting for the device."""
+
+    order: Tensor
+    """int64 [N]: the row at each place; those that do not count come last."""
+    label: Tensor
+    """int32 [N]: its label, or -1."""
+    total: Tensor
+    """int32: how many count."""
+    at: Tensor
+    """int64 [N]: each row's place, or -1."""
+
+    @classmethod
+    def of(cls, target: Tensor, ignore_index: int) -> _Order:
+        counted = target != ignore_index
+        labels, order = torch.where(counted, target, torch.iinfo(torch.int64).max).sort(stable=True)
+        total = counted.sum().to(torch.int32)
+        places = torch.arange(target.shape[0], device=target.device)
+        at = torch.empty_like(order).scatter_(0, order, places)
+        label = torch.where(places < total, labels, -1).to(torch.int32)
+        return cls(order, label, total, torch.where(counted, at, -1))
+
+    def first_of(self, classes: int) -> Tensor:
+        """int32 [classes]: the place of the first row of each label, or -1."""
+        places = torch.arange(self.label.shape[0], device=self.label.device, dtype=torch.int32)
+        starts = self.label.diff(prepend=self.label.new_full((1,), -1)) != 0
+        found = torch.full((classes + 1,), -1, dtype=torch.int32, device=self.label.device)
+        return found.scatter_(0, torch.where(starts & (self.label >= 0), self.label, classes).long(), places)[:classes]
+
+
+def _guess(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The largest of a sample of each row's logits, float32 [N]."""
+    step = max(weight.shape[0] // SAMPLE, 1)
+    some = hidden @ weight[::step].t()
+    return (some if bias is None else some + bias[::step]).amax(1).float()
+
+
+def _column_scales(hidden: Tensor, given: Tensor) -> Tensor:
+    """Powers of two by which no sum of a column's weighted magnitudes is above LARGEST."""
+    sums = torch.linalg.vector_norm(hidden, 1, dim=0, dtype=torch.float32) * given.abs().max()
+    return torch.exp2(torch.floor(torch.log2(LARGEST / torch.where(sums > 0, sums, 1.0))))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x as the copy engine takes it: rows that are contiguous and begin at multiples of 16 bytes."""
+    step = 16 // x.element_size()
+    fits = x.stride(1) == 1 and x.stride(0) % step == 0 and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+class _Loss(NamedTuple):
+    """What every chunk is computed from."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    rows: _Order
+    guess: Tensor
+    factor: float
+    softcap: float
+
+    def fill(
+        self, rows: Tensor, e: Tensor | None, n: int, first: int, given: Tensor, losses: Tensor, terms: Tensor
+    ) -> None:
+        """E, losses and terms of the n rows from the place `first` on; `rows` is overwritten with them."""
+        hidden, weight, bias, (order, label, total, _), guess, factor, softcap = self
+        chosen, shift = _rows().gather(
+            hidden, weight, bias, label, order, total, guess, factor, softcap, first, n, rows
+        )
+        sums = _products().exponentials(rows, weight, bias, label, shift, total, first, n, factor, softcap, e)
+        _rows().finish(
+            *(rows, weight, bias, label, order, total, chosen, shift, sums, given),
+            *(factor, softcap, first, e, losses, terms),
+        )
+
+
+def _loss_of(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    factor: float,
+    softcap: float,
+) -> _Loss:
+    rows = _Order.of(target, ignore_index)
+    return _Loss(hidden, _aligned(weight), bias, rows, _guess(hidden, weight, bias), factor, softcap)
+
+
+def _exponentials_of(n: int, weight: Tensor) -> Tensor:
+    """E [n, classes], not written yet. The copy engine takes rows that begin at multiples of 16 bytes."""
+    return weight.new_empty((n, -(-weight.shape[0] // 8) * 8))[:, : weight.shape[0]]
+
+
+# ---- the loss, and what it keeps -----------------------------------------------------------------------------------
+
+
+def _loss_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    factor: float,
+    softcap: float,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    kept = hidden.shape[0] if keep else 0
+    return (
+        hidden.new_empty(hidden.shape[0], dtype=torch.float32),
+        hidden.new_empty((kept, -(-weight.shape[0] // 8) * 8)),
+        target.new_empty(kept),
+        target.new_empty((), dtype=torch.int32),
+    )
+
+
+def _loss(*args: Any) -> tuple[Tensor, ...]:
+    *operands, keep = args
+    losses, kept, order, _ = _loss_fake(*args)
+    loss = _loss_of(*operands)
+    n = losses.shape[0]
+    losses.zero_()
+    size = _tiled(n) if keep else min(_tiled(n), LOSS_ROWS)
+    e = _exponentials_of(size, loss.weight) if keep else None
+    rows = loss.hidden.new_empty((min(size, n), loss.hidden.shape[1]))
+    terms, given = losses.new_empty((3, n if keep else 0)), losses.new_ones(1)
+    for first in range(0, n, size):
+        loss.fill(rows[: n - first], e, size, first, given, losses, terms)
+    if e is not None:
+        kept, order = e.as_strided(kept.shape, kept.stride()), loss.rows.order
+        if n:
+            _rows().normalize(e[:n], loss.rows.label, terms, loss.rows.total)
+    return losses, kept, order, loss.rows.total
+
+
+fused_loss = define(
+    "fused_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index, float factor,"
+    " float softcap, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    _loss,
+    _loss_fake,
+    _loss,
+)
+
+
+# ---- the gradients of what was kept --------------------------------------------------------------------------------
+
+
+def _backward_fake(
+    dlogits: Tensor,
+    order: Tensor,
+    total: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    given: Tensor,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if need_dhidden else (0,)),
+        hidden.new_empty(weight.shape if need_dweight else (0,)),
+        hidden.new_empty(weight.shape[0] if need_dbias else 0),
+    )
+
+
+def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dlogits, order, total, hidden, weight, given, need_dhidden, need_dweight, need_dbias = args
+    dhidden, dweight, dbias = _backward_fake(*args)
+    n, width = hidden.shape
+    dhidden.zero_()  # rows that do not count
+    if n == 0:
+        return dhidden, dweight.zero_(), dbias.zero_()
+    one = given.new_ones(1)
+    scale, factor = (given.new_ones(n), given.reshape(1)) if given.numel() == 1 else (given[order], one)
+    e = dlogits[:, : weight.shape[0]]
+    rows = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    x = None
+    if need_dweight:
+        _rows().weighted(hidden, order, total, scale, given.new_ones(width), 0, n, rows)
+    if need_dhidden:
+        x = factor.new_empty((_products().parts(n, width, hidden.device, beside=need_dweight), n, width))
+    if need_dhidden or need_dweight:
+        written = dweight if need_dweight else None
+        _products().gradients(e, _aligned(weight), rows, scale, factor, total, 0, x, written, add=False)
+    if x is not None:
+        _rows().summed(x, order, total, factor, 0, True, dhidden)
+    if need_dbias:
+        sums = given.new_zeros(dbias.shape)
+        _rows().column_sums(e, total, scale * factor, 0, sums)
+        dbias.copy_(sums)
+    return dhidden, dweight, dbias
+
+
+fused_loss_backward = define(
+    "fused_loss_backward(Tensor dlogits, Tensor order, Tensor total, Tensor hidden, Tensor weight, Tensor given,"
+    " bool need_dhidden, bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    _backward,
+)
+
+
+# ---- the loss and packed gradients, in chunks ----------------------------------------------------------------------
+
+
+class Packed(NamedTuple):
+    """Gradients of a sum of losses, but for the labels' terms; those that nobody needs are empty."""
+
+    losses: Tensor
+    """float32 [N], 0 where the label is ignored."""
+    dhidden: Tensor
+    """[N, width], by place."""
+    coefficient: Tensor
+    """float32 [N], by place: dhidden lacks so much of its label's row of weight."""
+    at: Tensor
+    """int64 [N]: each row's place, or -1."""
+    dweight: Tensor
+    """Packed [classes, width]."""
+    columns: Tensor
+    """float32 [width]: what hidden's columns were multiplied with in it."""
+    first: Tensor
+    """int32 [classes]: the place of the first row of each label, or -1."""
+    order: Tensor
+    label: Tensor
+    total: Tensor
+    """As in `_Order`."""
+    terms: Tensor
+    """float32 [3, N], by place; see `kernels.loss_rows._finish`."""
+    dbias: Tensor
+    """float32 [classes], whole."""
+
+
+def _packed_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    factor: float,
+    softcap: float,
+    given: Tensor,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    budget: int,
+) -> Packed:
+    n, width = hidden.shape
+    classes = weight.shape[0]
+    n_if_dhidden, n_if_dweight = n if need_dhidden else 0, n if need_dweight else 0
+    floats, integers = hidden.new_empty(n, dtype=torch.float32), target.new_empty(n, dtype=torch.int32)
+    return Packed(
+        losses=floats,
+        dhidden=hidden.new_empty((n_if_dhidden, width)),
+        coefficient=floats.new_empty(n_if_dhidden),
+        at=target.new_empty(n_if_dhidden),
+        dweight=hidden.new_empty((classes if need_dweight else 0, width)),
+        columns=floats.new_empty(width if need_dweight else 0),
+        first=integers.new_empty(classes if need_dweight else 0),
+        order=target.new_empty(n_if_dweight),
+        label=integers.new_empty(n_if_dweight),
+        total=integers.new_empty(()),
+        terms=floats.new_empty((3, n_if_dweight)),
+        dbias=floats.new_empty(classes if need_dbias else 0),
+    )
+
+
+def _packed(*args: Any) -> Packed:
+    *operands, given, need_dhidden, need_dweight, need_dbias, budget = args
+    made = _packed_fake(*args)
+    made.losses.zero_()
+    made.dbias.zero_()
+    loss = _loss_of(*operands)
+    hidden, weight, (order, label, total, at) = loss.hidden, loss.weight, loss.rows
+    n, width = hidden.shape
+    if n == 0:
+        return made._replace(dweight=made.dweight.zero_(), first=made.first.fill_(-1), total=total)
+    columns = _column_scales(hidden, given) if need_dweight else made.columns
+    terms, one = made.losses.new_empty((3, n)), given.new_ones(1)
+    scale = terms[2]
+    size, e = _allocated(chunk_rows(n, width, weight.shape[0], budget), weight)
+    packed = made.dweight.view(torch.float16) if need_dweight else None
+    parts = _products().parts(min(n, size), width, hidden.device, beside=need_dweight)
+    for first in range(0, n, size):
+        own, after = made.dhidden[first : first + size], made.dhidden[first + size : first + 2 * size]
+        rows, x = own, own.unsqueeze(0)
+        if not need_dhidden:
+            rows, x = hidden.new_empty((min(size, n - first), width)), None
+        elif parts > 1:
+            x = hidden.new_empty((parts, size, width))
+        elif after.shape[0] == size:
+            rows = after  # so that dhidden can be written while dweight is made of the rows
+        loss.fill(rows, e, size, first, given, made.losses, terms)
+        if need_dweight:
+            _rows().weighted(hidden, order, total, scale, columns, first, size, rows)
+        chunk = e, weight, rows, scale, one, total, first
+        if x is not None and need_dweight and x.data_ptr() == rows.data_ptr():
+            _products().gradients(*chunk, None, packed, add=first > 0)
+            _products().gradients(*chunk, x, None, add=False)
+        elif need_dhidden or need_dweight:
+            _products().gradients(*chunk, x, packed, add=first > 0)
+        if parts > 1 and x is not None:
+            _rows().summed(x, order, total, one, first, False, own)
+        if need_dbias:
+            _rows().column_sums(e, total, scale, first, made.dbias)
+    counted = torch.arange(n, device=total.device) < total
+    rest = torch.where(counted, terms[0] - terms[1] * terms[2], 0)
+    if need_dbias:
+        made.dbias.index_add_(0, label.clamp(min=0).long(), rest)
+    if need_dhidden:
+        made = made._replace(coefficient=rest, at=at)
+    if need_dweight:
+        first = loss.rows.first_of(weight.shape[0])
+        made = made._replace(columns=columns, first=first, order=order, label=label, terms=terms)
+    return made._replace(total=total)
+
+
+def _allocated(size: int, weight: Tensor) -> tuple[int, Tensor]:
+    """E of `size` rows, or of fewer if the device has no more memory."""
+    while True:
+        try:
+            return size, _exponentials_of(size, weight)
+        except torch.OutOfMemoryError:
+            if size <= TILE:
+                raise
+            size = _tiled(size // 2)
+
+
+fused_loss_and_gradients = define(
+    "fused_loss_and_gradients(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index,"
+    " float factor, float softcap, Tensor given, bool need_dhidden, bool need_dweight, bool need_dbias, int budget)"
+    f" -> ({', '.join(['Tensor'] * len(Packed._fields))})",
+    _packed,
+    _packed_fake,
+    _packed,
+)
+
+
+# ---- packed gradients made whole -----------------------------------------------------------------------------------
+
+
+def _sums_fake(hidden: Tensor, label: Tensor, order: Tensor, total: Tensor, terms: Tensor, columns: Tensor) -> Tensor:
+    return hidden.new_empty(hidden.shape, dtype=torch.float32)
+
+
+def _sums(*args: Any) -> Tensor:
+    return _rows().label_sums(*args)
+
+
+label_sums = define(
+    "label_sums(Tensor hidden, Tensor label, Tensor order, Tensor total, Tensor terms, Tensor columns) -> Tensor",
+    _sums,
+    _sums_fake,
+    _sums,
+)
+
+for _op in (fused_loss, fused_loss_backward, fused_loss_and_gradients, label_sums):
+    once_differentiable(_op)
+
+
+def _visible(schema: str) -> Any:
+    """Defines an op that compilers see through: its implementation in plain torch is what they trace."""
+    name = f"{NAMESPACE}::{schema.partition('(')[0]}"
+    torch.library.define(name, schema[schema.index("(") :], tags=torch.Tag.pt2_compliant_tag)
+    return name
+
+
+_DHIDDEN = _visible(
+    "whole_dhidden(Tensor part, Tensor weight, Tensor target, Tensor coefficient, Tensor at, Tensor scale) -> Tensor"
+)
+_DWEIGHT = _visible("whole_dweight(Tensor packed, Tensor columns, Tensor sums, Tensor first, Tensor scale) -> Tensor")
+
+
+@torch.library.impl(_DHIDDEN, "CompositeImplicitAutograd")
+def _whole_dhidden(
+    part: Tensor, weight: Tensor, target: Tensor, coefficient: Tensor, at: Tensor, scale: Tensor
+) -> Tensor:
+    """(part[at] + coefficient[at] * weight[target]) * scale, 0 where `at` is negative."""
+    counted, at, label = (at >= 0).unsqueeze(1), at.clamp(min=0), torch.where(at >= 0, target, 0)
+    x = part[at].float() + coefficient[at].unsqueeze(1) * weight[label].float()
+    return torch.where(counted, x * scale, 0).to(part.dtype)
+
+
+@torch.library.impl(_DHIDDEN, "CUDA")
+def _whole_dhidden_cuda(part: Tensor, *rest: Tensor) -> Tensor:
+    out = torch.empty_like(part)
+    _rows().whole_dhidden(part, *rest, out)
+    return out
+
+
+@torch.library.impl(_DWEIGHT, "CompositeImplicitAutograd")
+def _whole_dweight(packed: Tensor, columns: Tensor, sums: Tensor, first: Tensor, scale: Tensor) -> Tensor:
+    """(packed / columns + sums[first], where that is not negative) * scale.
+
+    The sign is changed where the scale is NaN, which changes nothing, so that reading the bits hangs on the gradient:
+    read in the forward, they would be kept there as float16, and not be written over.
+    """
+    x = torch.where(scale == scale, packed, -packed).view(torch.float16).float() / columns
+    more = torch.where((first >= 0).unsqueeze(1), sums[first.clamp(min=0)], 0)
+    return ((x + more) * scale).to(packed.dtype)
+
+
+@torch.library.impl(_DWEIGHT, "CUDA")
+def _whole_dweight_cuda(packed: Tensor, *rest: Tensor) -> Tensor:
+    out = torch.empty_like(packed)
+    _rows().whole_dweight(packed.view(torch.float16), *rest, out)
+    return out
+
+
+whole_dhidden = torch.ops.liger_compile.whole_dhidden.default
+whole_dweight = torch.ops.liger_compile.whole_dweight.default
+
+
+def gradients(
+    made: Packed, dloss: Tensor, hidden: Tensor, weight: Tensor, target: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dhidden, dweight, dbias) times dloss, a float32 scalar; None where `made` has none."""
+    dhidden = dweight = dbias = None
+    if made.dhidden.numel():
+        dhidden = whole_dhidden(made.dhidden, weight, target, made.coefficient, made.at, dloss)
+    if made.dweight.numel():
+        sums = label_sums(hidden, made.label, made.order, made.total, made.terms, made.columns)
+        dweight = whole_dweight(made.dweight, made.columns, sums, made.first, dloss)
+    if made.dbias.numel():
+        dbias = (made.dbias * dloss).to(hidden.dtype)
+    return dhidden, dweight, dbias
