@@ -42,7 +42,7 @@ def call_name(target: Any) -> str | None:
         target = target.overloadpacket
     if isinstance(target, torch._ops.OpOverloadPacket):
         namespace, _, name = target._qualified_op_name.partition("::")
-        return name if namespace == "aten" else None
+        return name if namespace in ("aten", "torch_nn") else None
     name = getattr(target, "__name__", None)
     if not isinstance(name, str):
         return None

@@ -11,7 +11,7 @@ import bisect
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -20,6 +20,9 @@ from .graph_terms import GraphTerms, value_of
 from .pattern import Pattern, Spelling, subterms
 from .rules import Call, mul
 from .terms import COMMUTATIVE, Expr, Term, describe, evaluate, same
+
+if TYPE_CHECKING:
+    from .options import Options
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Match:
     """The terms of the pattern's results."""
     terms: frozenset[Term]
     """Every term matched by an operation of the pattern."""
+    options: Options
+    """What the user asked of this compilation."""
 
     @property
     def pattern(self) -> Pattern:
@@ -136,8 +141,8 @@ class Matcher:
     many differences are allowed, which is how near misses are found.
     """
 
-    def __init__(self, view: GraphTerms, relaxed: bool = False, tolerance: int = 0) -> None:
-        self.view, self.relaxed, self.tolerance = view, relaxed, tolerance
+    def __init__(self, view: GraphTerms, options: Options, relaxed: bool = False, tolerance: int = 0) -> None:
+        self.view, self.options, self.relaxed, self.tolerance = view, options, relaxed, tolerance
         self._anchors: dict[str, list[Term]] = {}
         self._users: dict[str, list[Term]] = {}
         self._found: dict[frozenset[str], list[Term]] = {}
@@ -177,7 +182,7 @@ class Matcher:
         for state in self._roots(spelling, anchor, taken):
             roots = tuple(state.pairs[r] for r in spelling.roots)
             captures = {name: state.bound[name] for name in spelling.variables}
-            yield Match(spelling, self.view, captures, roots, frozenset(state.pairs.values()))
+            yield Match(spelling, self.view, captures, roots, frozenset(state.pairs.values()), self.options)
 
     def near_miss(self, spelling: Spelling, anchor: Term) -> NearMiss | None:
         """The closest match with differences, if it is close enough to be worth telling."""

@@ -28,6 +28,8 @@ class Options:
     logits: str = "lazy"
     """Logits that a model returns next to its loss: "lazy" computes them when they are first read, "keep" leaves the
     loss of such a model alone."""
+    loss: str = "balanced"
+    """What the loss takes of logits at a time: "lean", "balanced" or "fast"; docs/loss.md."""
     debug: bool | str = False
     """Write each graph before and after, and the report, to this folder (True: `liger_debug`)."""
 
@@ -74,8 +76,9 @@ def _checked(values: dict[str, Any]) -> Options:
             values.pop(key, None)
         else:
             values[key] = _names(key, values[key], values.get("patterns", ()))
-    if values.get("logits", "lazy") not in ("lazy", "keep"):
-        raise ValueError(f'{PREFIX}logits: "lazy" or "keep", not {values["logits"]!r}')
+    for key, known in (("logits", ("lazy", "keep")), ("loss", ("lean", "balanced", "fast"))):
+        if values.get(key, known[0]) not in known:
+            raise ValueError(f"{PREFIX}{key}: one of {known}, not {values[key]!r}")
     if not isinstance(values.get("debug", False), (bool, str, os.PathLike)):
         raise ValueError(f"{PREFIX}debug: True, False or a folder, not {values['debug']!r}")
     return Options(**values)

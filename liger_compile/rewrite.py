@@ -100,7 +100,7 @@ def _find(view: GraphTerms, spellings: list[Spelling], options: Options, report:
     found: list[Site] = []
     taken = _Taken(view)
     refused: dict[tuple[str, frozenset[fx.Node]], Miss] = {}
-    for matcher in (Matcher(view), Matcher(view, relaxed=True)):
+    for matcher in (Matcher(view, options), Matcher(view, options, relaxed=True)):
         for spelling in spellings:
             for anchor in matcher.anchors(spelling.roots[0]):
                 if anchor in taken.terms:
@@ -110,7 +110,7 @@ def _find(view: GraphTerms, spellings: list[Spelling], options: Options, report:
         if not nodes & taken.nodes:  # a narrower match that is refused too is not told again
             report.misses.append(miss)
             taken.add(nodes)
-    report.misses += _near_misses(view, spellings, taken)
+    report.misses += _near_misses(view, spellings, options, taken)
     return sorted(found, key=lambda s: view.position[s.before])
 
 
@@ -165,9 +165,9 @@ def _match_at(
     return []
 
 
-def _near_misses(view: GraphTerms, spellings: list[Spelling], taken: _Taken) -> list[Miss]:
+def _near_misses(view: GraphTerms, spellings: list[Spelling], options: Options, taken: _Taken) -> list[Miss]:
     """The best near miss of each pattern at each place that no rewrite has covered."""
-    matcher = Matcher(view, tolerance=2)
+    matcher = Matcher(view, options, tolerance=2)
     found: list[tuple[str, NearMiss]] = []
     for spelling in spellings:
         for anchor in matcher.anchors(spelling.roots[0]):

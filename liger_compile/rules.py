@@ -355,10 +355,15 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _is_rowwise(x: Term) -> bool:
-    """Whether x is a linear layer's output, perhaps scaled or capped: each row depends on one row of the input."""
-    while x.op == "tanh" or (x.op == "mul" and not _is_tensor(x.args[1])) or widens(x):
+    """Whether x is a linear layer's output, perhaps scaled or capped, or columns of it: a row depends on one row of
+    the input."""
+    while x.op == "tanh" or (x.op == "mul" and not _is_tensor(x.args[1])) or widens(x) or _is_columns(x):
         x = x.args[0]
     return x.op == "linear"
+
+
+def _is_columns(x: Term) -> bool:
+    return x.op == "slice" and x.args[1] == -1 and x.args[4] == 1
 
 
 def _of_rows(c: Call, x: Term, move: Callable[[Term], Term]) -> Term:
@@ -368,7 +373,7 @@ def _of_rows(c: Call, x: Term, move: Callable[[Term], Term]) -> Term:
         moved = move(inner)
         return c.terms.make("linear", (moved, *rest), x.dtype, (*moved.shape[:-1], x.shape[-1]))
     moved = _of_rows(c, inner, move)
-    return c.terms.make(x.op, (moved, *rest), x.dtype, moved.shape)
+    return c.terms.make(x.op, (moved, *rest), x.dtype, (*moved.shape[:-1], x.shape[-1]))
 
 
 def select(c: Call, x: Term, dim: int, index: Any) -> Term:
@@ -724,6 +729,23 @@ def _rows(c: Call, x: Term) -> Term:
     return reshape_to(c, moved, (math.prod(moved.shape[:-1]), moved.shape[-1]))
 
 
+def _head(c: Call, x: Term) -> Term:
+    """Some columns of a linear layer's output -> the output of a linear layer with some rows of its weight."""
+    if x.op in ("cast", "mul", "tanh") and isinstance(x.args[0], Term):
+        inner = _head(c, x.args[0])
+        return x if inner is x.args[0] else c.terms.make(x.op, (inner, *x.args[1:]), x.dtype, x.shape)
+    if not (_is_columns(x) and _is_rowwise(x.args[0])):
+        return x
+    inner, _, lo, hi, _ = x.args
+    if inner.op != "linear":  # past what is done to each element
+        part = _head(c, slice_(c, inner.args[0], -1, lo, hi))
+        return c.terms.make(inner.op, (part, *inner.args[1:]), inner.dtype, x.shape)
+    rows, weight, bias = inner.args
+    weight = slice_(c, weight, -2, lo, hi)
+    bias = slice_(c, bias, -1, lo, hi) if isinstance(bias, Term) else bias
+    return c.terms.make("linear", (rows, weight, bias), x.dtype, x.shape)
+
+
 def _cross_entropy_of(c: Call, x: Term, target: Term, weight: Any, ignore_index: Any, reduction: Any, smoothing: Any):
     if target.is_float:
         return c("cross_entropy_of_probabilities", x, target, reduction)
@@ -731,7 +753,7 @@ def _cross_entropy_of(c: Call, x: Term, target: Term, weight: Any, ignore_index:
         raise NotCanonical("keeps the shape of its targets")
     if target.shape is not None and len(target.shape) > 1:
         target = reshape_to(c, target, (math.prod(target.shape),))
-    return c("cross_entropy", _rows(c, x), target, weight, ignore_index, reduction, smoothing)
+    return c("cross_entropy", _head(c, _rows(c, x)), target, weight, ignore_index, reduction, smoothing)
 
 
 @rule("cross_entropy")
@@ -775,3 +797,21 @@ def _nll_loss(
         raise NotCanonical("is not taken of a log_softmax over the classes")
     reduction = _REDUCTIONS[reduction] if isinstance(reduction, int) else reduction
     return _cross_entropy_of(c, x.args[0], target, weight, ignore_index, reduction, 0.0)  # nll(log_softmax(x)) -> ce(x)
+
+
+def _chunked_loss(c: Call, x: Term, weight: Term, target: Term, bias: Any, *rest: Any) -> Term:
+    """The loss of `F.linear_cross_entropy(..., options=...)`; `rest` is what cross-entropy takes besides."""
+    logits = linear(Call(c.terms, x.dtype, (*x.shape[:-1], weight.shape[0])), x, weight, bias)
+    return _cross_entropy_of(c, logits, target, *rest)
+
+
+@rule("_linear_cross_entropy_batch_chunked")
+def _chunked(c, x, weight, target, bias, class_weight, reduction, ignore_index, smoothing, *_) -> tuple[Term, ...]:
+    """Its gradients, which it also returns, are left as they are."""
+    one = Call(c.terms, c.parts[0].dtype, tuple(c.parts[0].shape))
+    return (_chunked_loss(one, x, weight, target, bias, class_weight, ignore_index, reduction, smoothing),)
+
+
+@rule("_linear_cross_entropy_batch_chunked_no_reduction")
+def _chunked_rows(c, x, weight, target, bias, class_weight, ignore_index, *_) -> Term:
+    return _chunked_loss(c, x, weight, target, bias, class_weight, ignore_index, "none", 0.0)

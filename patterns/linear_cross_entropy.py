@@ -1,5 +1,6 @@
 """Cross-entropy of a linear layer's outputs: a language model's head and its loss."""
 
+import itertools
 from functools import partial
 from typing import Literal
 
@@ -11,43 +12,45 @@ from liger_compile.match import Match
 from liger_compile.registry import pattern
 
 
-def check(match: Match) -> str | None:
-    if match.captures["reduction"] not in ("mean", "sum"):
-        return f"reduction {match.captures['reduction']!r}: each row's loss has a gradient of its own"
+def check(match: Match) -> str | dict:
     if len(match.shape("hidden")) != 2:
         return "the logits are not rows of classes"
     softcap = match.captures.get("softcap", 1)
     if isinstance(softcap, (int, float)) and softcap <= 0:
         return f"the softcap {softcap} is not positive"
-    return None
+    if getattr(match.captures.get("class_weight"), "is_float", False) and match.example("class_weight").requires_grad:
+        return "the class weights are trained"
+    return {"memory": match.options.loss}
 
 
 def examples(make, rows):
-    for reduction in ("mean", "sum"):
-        for bias in (make(67), None):
-            target = make.integers(67, rows)
-            if rows > 2:
-                target[1] = -100
-            yield {
-                "hidden": make(rows, 120),
-                "weight": make(67, 120) * 0.2,
-                "bias": bias,
-                "target": target,
-                "ignore_index": -100,
-                "reduction": reduction,
-                "scale": 0.25,
-                "divisor": 3.0,
-                "softcap": 5.0,
-            }
+    for reduction, bias in itertools.product(("mean", "sum", "none"), (make(67), None)):
+        target = make.integers(67, rows)
+        if rows > 2:
+            target[1] = -100
+        yield {
+            "hidden": make(rows, 120),
+            "weight": make(67, 120) * 0.2,
+            "bias": bias,
+            "target": target,
+            "ignore_index": -100,
+            "reduction": reduction,
+            "class_weight": make.constant(67).abs(),
+            "label_smoothing": 0.1,
+            "scale": 0.25,
+            "divisor": 3.0,
+            "softcap": 5.0,
+        }
 
 
-def loss_pattern(**fixed):
-    op = partial(ops.linear_cross_entropy, **fixed)
+def loss_pattern(replace=ops.linear_cross_entropy, **fixed):
+    op = partial(replace, **fixed)
     return pattern(replace=op, check=check, name="linear_cross_entropy", on_demand=True, examples=examples)
 
 
-def loss(logits, target, ignore_index, reduction):
-    return F.cross_entropy(logits.float(), target, ignore_index=ignore_index, reduction=reduction)
+def loss(logits, target, ignore_index, reduction, smoothing=0.0):
+    how = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": smoothing}
+    return F.cross_entropy(logits.float(), target, **how)
 
 
 def head(hidden, weight, bias, wide):
@@ -57,21 +60,36 @@ def head(hidden, weight, bias, wide):
 
 
 @loss_pattern()
-def plain(hidden, weight, bias, target, ignore_index, reduction):
-    return loss(F.linear(hidden, weight, bias), target, ignore_index, reduction)
+def plain(hidden, weight, bias, target, ignore_index, reduction, label_smoothing):
+    return loss(F.linear(hidden, weight, bias), target, ignore_index, reduction, label_smoothing)
+
+
+@loss_pattern()
+def weighted(hidden, weight, bias, target, class_weight: torch.Tensor, ignore_index, reduction):
+    logits = F.linear(hidden, weight, bias).float()
+    return F.cross_entropy(logits, target, class_weight.float(), ignore_index=ignore_index, reduction=reduction)
+
+
+Wide = Literal[False, True]
 
 
 @loss_pattern()  # Cohere, Falcon-H1
-def scaled(hidden, weight, bias, target, ignore_index, reduction, scale, *, wide: Literal[False, True]):
-    return loss(head(hidden, weight, bias, wide) * scale, target, ignore_index, reduction)
+def scaled(hidden, weight, bias, target, ignore_index, reduction, label_smoothing, scale, *, wide: Wide):
+    return loss(head(hidden, weight, bias, wide) * scale, target, ignore_index, reduction, label_smoothing)
 
 
 @loss_pattern()  # Granite
-def divided(hidden, weight, bias, target, ignore_index, reduction, divisor, *, wide: Literal[False, True]):
-    return loss(head(hidden, weight, bias, wide) / divisor, target, ignore_index, reduction)
+def divided(hidden, weight, bias, target, ignore_index, reduction, label_smoothing, divisor, *, wide: Wide):
+    return loss(head(hidden, weight, bias, wide) / divisor, target, ignore_index, reduction, label_smoothing)
 
 
 @loss_pattern()  # Gemma 2
-def softcapped(hidden, weight, bias, target, ignore_index, reduction, softcap, *, wide: Literal[False, True]):
+def softcapped(hidden, weight, bias, target, ignore_index, reduction, label_smoothing, softcap, *, wide: Wide):
     capped = torch.tanh(head(hidden, weight, bias, wide) / softcap) * softcap
-    return loss(capped, target, ignore_index, reduction)
+    return loss(capped, target, ignore_index, reduction, label_smoothing)
+
+
+@loss_pattern(ops.linear_cross_entropy_lse)  # z-loss, as in PaLM: the second result is squared and added
+def with_lse(hidden, weight, bias, target, ignore_index, reduction):
+    logits = F.linear(hidden, weight, bias).float()
+    return loss(logits, target, ignore_index, reduction), torch.logsumexp(logits, -1)

@@ -13,6 +13,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter
+
+    interpreter.complete()
+
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="other random numbers in every test")
@@ -32,6 +37,15 @@ def fresh(request):
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """The loss holds few logits at a time: 128 rows of them, if there are more, and more than hidden is wide."""
+    import importlib
+
+    module = importlib.import_module("liger_compile.ops.linear_cross_entropy")
+    monkeypatch.setitem(module.BUDGET, "balanced", 1)
 
 
 @pytest.fixture

@@ -31,12 +31,18 @@ def half(*shape, grad=True):
     return some(*shape, dtype=torch.bfloat16, grad=grad)
 
 
+def head(n=6, grad=True):
+    """hidden, weight and bias as the fused loss takes them."""
+    return half(n, 8, grad=grad), half(16, 8, grad=grad), half(16, grad=grad)
+
+
 def transposed(*shape):
     return fixed(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2).requires_grad_()
 
 
-TRANSFORM = (-100, 0.5, 3.0, 2.0, True)
-PLAIN = (-100, 1.0, 1.0, 0.0, False)
+TRANSFORM = (None, -100, 0.5, 3.0, 2.0, True, 0.0)
+PLAIN = (None, -100, 1.0, 1.0, 0.0, False, 0.0)
+SMOOTH = (torch.rand(6), -100, 1.0, 1.0, 0.0, False, 0.1)
 
 SAMPLES = {
     # every op of the namespace: functions that make (arguments, keyword arguments)
@@ -106,21 +112,90 @@ SAMPLES = {
         lambda: ((some(6, 8), some(9, 8), some(9), labels()), {}),
         lambda: ((some(6, 8), some(9, 8), None, labels()), {"reduction": "sum", "softcap": 3.0}),
         lambda: ((half(6, 8), half(9, 8), None, labels().abs() % 9, 2), {"scale": 0.5, "divisor": 3.0, "wide": True}),
-        lambda: ((some(40, 8), some(9, 8), None, labels(40)), {}),  # in chunks
+        lambda: ((some(6, 8), some(9, 8), some(9), labels()), {"reduction": "none", "softcap": 3.0}),
+        lambda: ((some(6, 8), some(9, 8), None, labels()), {"class_weight": torch.rand(9), "memory": "lean"}),
+        lambda: ((some(6, 8), some(9, 8), None, labels()), {"label_smoothing": 0.1}),
         lambda: ((some(6, 8), fixed(9, 8), None, labels()), {}),
         lambda: ((fixed(6, 8), fixed(9, 8), some(9), labels()), {}),
         lambda: ((fixed(6, 8), fixed(9, 8), None, labels()), {}),
     ],
+    "linear_cross_entropy_lse": [
+        lambda: ((some(6, 8), some(9, 8), some(9), labels()), {}),
+        lambda: ((some(6, 8), fixed(9, 8), None, labels()), {"reduction": "none", "scale": 0.5}),
+    ],
     "linear_cross_entropy_forward": [
-        lambda: ((fixed(6, 8), fixed(9, 8), fixed(9), labels(), *TRANSFORM, True, True, True, False), {}),
-        lambda: ((fixed(6, 8), fixed(9, 8), fixed(9), labels(), *PLAIN, True, True, True, True), {}),
-        lambda: ((fixed(6, 8), fixed(9, 8), None, labels(), *PLAIN, False, True, False, False), {}),
-        lambda: ((fixed(6, 8), fixed(9, 8), None, labels(), *PLAIN, False, False, False, False), {}),
-        lambda: ((fixed(0, 8), fixed(9, 8), None, labels(0), *PLAIN, True, True, False, False), {}),
+        lambda: ((fixed(6, 8), fixed(9, 8), fixed(9), labels(), *TRANSFORM, True, True, True, "", 99), {}),
+        lambda: ((fixed(6, 8), fixed(9, 8), fixed(9), labels(), *PLAIN, True, True, True, "gradient", 99), {}),
+        lambda: ((fixed(6, 8), fixed(9, 8), None, labels(), *SMOOTH, True, False, False, "logits", 99), {}),
+        lambda: ((fixed(6, 8), fixed(9, 8), None, labels(), *SMOOTH, False, True, False, "", 99), {}),
+        lambda: ((fixed(6, 8), fixed(9, 8), None, labels(), *PLAIN, False, False, False, "", 99), {}),
+        lambda: ((fixed(0, 8), fixed(9, 8), None, labels(0), *PLAIN, True, True, False, "", 99), {}),
+    ],
+    "row_gradients": [
+        lambda: ((fixed(6, 9), labels(), *torch.rand(4, 6), -100, 0.5, 3.0, 2.0, True, 0.0), {}),
+        lambda: ((half(6, 9, grad=False), labels(), *torch.rand(4, 6), *PLAIN[1:]), {}),
     ],
     "linear_cross_entropy_backward": [
-        lambda: ((fixed(6, 9), fixed(6, 8), fixed(9, 8), torch.tensor(0.3), True, True), {}),
-        lambda: ((fixed(6, 9), fixed(6, 8), fixed(9, 8), torch.tensor(0.3), False, False), {}),
+        lambda: ((fixed(6, 9), fixed(6, 8), fixed(9, 8), torch.tensor(0.3), True, True, True), {}),
+        lambda: ((fixed(6, 9), fixed(6, 8), fixed(9, 8), torch.tensor(0.3), False, False, False), {}),
+    ],
+    "fused_loss": [
+        lambda: ((*head(grad=False), labels(), -100, 0.5, 3.0, True), {}),
+        lambda: ((*head(grad=False), labels(), -100, 1.0, 0.0, False), {}),
+        lambda: ((*head(0, grad=False), labels(0), -100, 1.0, 0.0, True), {}),
+    ],
+    "fused_loss_backward": [
+        lambda: (
+            (
+                half(6, 16, grad=False),
+                torch.arange(6),
+                torch.tensor(4).int(),
+                *head(grad=False)[:2],
+                torch.tensor([0.3]),
+                True,
+                True,
+                True,
+            ),
+            {},
+        ),
+    ],
+    "fused_loss_and_gradients": [
+        lambda: ((*head(grad=False), labels(), -100, 0.5, 3.0, torch.ones(1), True, True, True, 1), {}),
+        lambda: ((*head(grad=False), labels(), -100, 1.0, 0.0, torch.rand(6), False, True, False, 1), {}),
+        lambda: ((*head(grad=False), labels(), -100, 1.0, 0.0, torch.ones(1), True, False, False, 1), {}),
+        lambda: ((*head(0, grad=False), labels(0), -100, 1.0, 0.0, torch.ones(1), True, True, True, 1), {}),
+    ],
+    "label_sums": [
+        lambda: (
+            (
+                half(6, 8, grad=False),
+                torch.tensor([1, 1, 1, 3, 3, 5]).int(),
+                torch.arange(6),
+                torch.tensor(6).int(),
+                torch.rand(3, 6),
+                torch.ones(8),
+            ),
+            {},
+        ),
+    ],
+    "whole_dhidden": [
+        lambda: (
+            (
+                half(6, 8, grad=False),
+                half(9, 8, grad=False),
+                labels(),
+                torch.rand(6),
+                labels(6, 6).clamp(-1),
+                torch.tensor(0.3),
+            ),
+            {},
+        ),
+    ],
+    "whole_dweight": [
+        lambda: (
+            (half(9, 8, grad=False), torch.rand(8), fixed(6, 8), labels(9, 6).clamp(-1).int(), torch.tensor(0.3)),
+            {},
+        ),
     ],
 }
 
@@ -165,8 +240,16 @@ ERRORS = [
     (lambda: ops.linear_cross_entropy(some(4, 8), some(7, 8), some(6), Y), r"bias has shape \(6,\), needs \[7\]"),
     (lambda: ops.linear_cross_entropy(some(4, 8), some(7, 8), None, Y[:3]), r"int64\(3,\), needs int64\[4\]"),
     (lambda: ops.linear_cross_entropy(some(4, 8), some(7, 8), None, Y.int()), r"target is torch\.int32.* needs int64"),
-    (lambda: ops.linear_cross_entropy(some(4, 8), some(7, 8), None, Y, reduction="none"), r"one of .*, not 'none'"),
     (lambda: ops.linear_cross_entropy(fixed(4, 8), fixed(7, 8), None, Y, reduction="max"), r"one of .*, not 'max'"),
+    (lambda: ops.linear_cross_entropy(fixed(4, 8), fixed(7, 8), None, Y, memory="little"), r"one of .*, not 'little'"),
+    (lambda: ops.linear_cross_entropy(some(4, 8), some(7, 8), None, Y, label_smoothing=2.0), r"between 0 and 1, not 2"),
+    (lambda: ops.linear_cross_entropy(some(4, 8), some(7, 8), None, Y, class_weight=some(7)), r"and no gradient"),
+    (lambda: ops.linear_cross_entropy(some(4, 8), some(7, 8), None, Y, class_weight=fixed(6)), r"\(6,\), needs \[7\]"),
+    (
+        lambda: ops.linear_cross_entropy(some(4, 8), some(7, 8), None, Y, class_weight=fixed(7), label_smoothing=0.1),
+        r"class_weight and label_smoothing are not taken together",
+    ),
+    (lambda: ops.linear_cross_entropy_lse(some(4, 8), some(7, 8), None, Y, reduction="max"), r"one of .*, not 'max'"),
 ]
 
 
@@ -209,8 +292,8 @@ def test_no_label_counts(rows, reduction):
         assert torch.equal(ours, theirs) and not ours.any()
 
 
-@pytest.mark.parametrize("rows", [64, 600], ids=["whole", "chunks"])
-def test_logits_with_a_large_part_in_common(rows):
+@pytest.mark.parametrize("rows", [16, 600], ids=["kept", "chunks"])
+def test_logits_with_a_large_part_in_common(rows, small_chunks):
     """Embeddings of real models point one way. That part cancels, if a row's gradient sums to nothing."""
     accuracy = Accuracy()
     for _ in range(4):
@@ -248,21 +331,21 @@ class Calls(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("rows", [4, 40], ids=["whole", "chunks"])
+@pytest.mark.parametrize("rows", [4, 300], ids=["kept", "chunks"])
 @pytest.mark.parametrize("trained", ["hidden", "weight", "bias", "hidden bias", "hidden weight bias", ""])
-def test_loss_computes_only_the_gradients_of_what_is_trained(trained, rows):
+def test_loss_computes_only_the_gradients_of_what_is_trained(trained, rows, small_chunks):
     given = {"hidden": fixed(rows, 8), "weight": fixed(7, 8), "bias": fixed(7)}
     for name in trained.split():
         given[name].requires_grad_()
     y = labels(rows, 7)
     with Calls() as calls:
         loss = ops.linear_cross_entropy(*given.values(), y)
-    args, (_, dlogits, *gradients) = calls.seen["linear_cross_entropy_forward"]
-    whole = rows == 4 and "weight" in trained
-    assert args["whole"] == whole and bool(dlogits.numel()) == whole
+    args, (_, _, _, dlogits, *gradients) = calls.seen["linear_cross_entropy_forward"]
+    kept = rows == 4 and "weight" in trained
+    assert bool(args["keep"]) == kept and bool(dlogits.numel()) == kept
     for name, gradient in zip(given, gradients, strict=True):
         assert args[f"need_d{name}"] == (name in trained)
-        assert bool(gradient.numel()) == (name in trained and not whole), name
+        assert bool(gradient.numel()) == (name in trained and not kept), name
     if trained:
         eager = F.cross_entropy(F.linear(*given.values()), y)
         wanted = [given[name] for name in trained.split()]
@@ -277,8 +360,8 @@ def test_loss_without_gradients_at_all():
     with torch.no_grad(), Calls() as calls:
         loss = ops.linear_cross_entropy(h, w, None, y)
     args, results = calls.seen["linear_cross_entropy_forward"]
-    assert not any(args[n] for n in ("need_dhidden", "need_dweight", "need_dbias", "whole"))
-    assert not any(r.numel() for r in results[1:])
+    assert not any(args[n] for n in ("need_dhidden", "need_dweight", "need_dbias", "keep"))
+    assert not any(r.numel() for r in results[3:])
     assert relative_error(loss, F.cross_entropy(F.linear(h, w), y).detach()) < 1e-6
 
 

@@ -5,9 +5,18 @@ every other device. They can also be called directly: `liger_compile.ops.rms_nor
 """
 
 from .glu import glu, packed_glu
-from .linear_cross_entropy import linear_cross_entropy
+from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_lse
 from .masked_attention import masked_attention
 from .rms_norm import rms_norm
 from .rope import rope, rope_pair
 
-__all__ = ["glu", "linear_cross_entropy", "masked_attention", "packed_glu", "rms_norm", "rope", "rope_pair"]
+__all__ = [
+    "glu",
+    "linear_cross_entropy",
+    "linear_cross_entropy_lse",
+    "masked_attention",
+    "packed_glu",
+    "rms_norm",
+    "rope",
+    "rope_pair",
+]
