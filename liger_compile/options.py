@@ -78,7 +78,8 @@ def _checked(values: dict[str, Any]) -> Options:
             values[key] = _names(key, values[key], values.get("patterns", ()))
     for key, known in (("logits", ("lazy", "keep")), ("loss", ("lean", "balanced", "fast"))):
         if values.get(key, known[0]) not in known:
-            raise ValueError(f"{PREFIX}{key}: one of {known}, not {values[key]!r}")
+            choices = " or ".join(f'"{k}"' for k in known)
+            raise ValueError(f"{PREFIX}{key}: {choices}, not {values[key]!r}")
     if not isinstance(values.get("debug", False), (bool, str, os.PathLike)):
         raise ValueError(f"{PREFIX}debug: True, False or a folder, not {values['debug']!r}")
     return Options(**values)

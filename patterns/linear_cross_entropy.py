@@ -18,8 +18,6 @@ def check(match: Match) -> str | dict:
     softcap = match.captures.get("softcap", 1)
     if isinstance(softcap, (int, float)) and softcap <= 0:
         return f"the softcap {softcap} is not positive"
-    if getattr(match.captures.get("class_weight"), "is_float", False) and match.example("class_weight").requires_grad:
-        return "the class weights are trained"
     return {"memory": match.options.loss}
 
 

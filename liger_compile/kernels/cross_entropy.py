@@ -150,7 +150,8 @@ def _row_gradients(
     Per element: a read and a write; rows of which neither is wanted are written as zeros and not read.
     """
     row = tl.program_id(0).to(tl.int64)
-    of_lse, of_label = tl.load(of_lse_ptr + row).to(tl.float32), tl.load(of_label_ptr + row).to(tl.float32)
+    here = row + tl.arange(0, 1)
+    of_lse, of_label = tl.load(of_lse_ptr + here).to(tl.float32), tl.load(of_label_ptr + here).to(tl.float32)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     wanted = (of_lse != 0) | (of_label != 0)
     x = tl.load(logits_ptr + row * row_stride + cols, mask=(cols < n_cols) & wanted, other=0.0).to(tl.float32)

@@ -236,12 +236,13 @@ def exponentials(
 
 
 def parts(n: int, width: int, device: torch.device, beside: bool) -> int:
-    """Into how many parts of the classes E W is taken for n rows, so that its few long blocks keep all programs busy.
+    """Into how many parts of the classes E W is taken for n rows, so that its few long blocks keep programs busy."""
+    return _parts(triton.cdiv(n, BLOCK_M) * triton.cdiv(width, BLOCK_N), multiprocessors(device), beside)
 
-    With another product `beside` it, which fills up what is left, one of its blocks may take as long as all programs
-    together need for both, and no longer. By itself, the last round must be nearly full.
-    """
-    few, programs = triton.cdiv(n, BLOCK_M) * triton.cdiv(width, BLOCK_N), multiprocessors(device)
+
+def _parts(few: int, programs: int, beside: bool) -> int:
+    """With another product `beside` it, which fills up what is left, a block may take as long as all programs together
+    need for both, and no longer. By itself, the last round must be nearly full."""
     if beside:
         return triton.cdiv(programs, 2 * few)
     used = {s: few * s / (triton.cdiv(few * s, programs) * programs) for s in range(1, 9)}

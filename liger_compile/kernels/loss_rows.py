@@ -309,21 +309,21 @@ def _label_sums(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """For each label, what its rows add to dweight beyond E^T rows: at the first of them, of out [all rows, width].
+    """For each label, what its rows add to dweight beyond E^T rows: at the first of them, of out [all rows, width],
+    which is zero elsewhere.
 
     The sum of a g h, less what E has of it at frequent labels, as it was rounded there. Always in the same order.
-    Per element of hidden: a read; a write for each label.
+    Per element of hidden: a read and a write.
     """
     q = tl.program_id(0)
     total = tl.load(total_ptr)
-    if q >= total:
-        return
-    label = tl.load(label_ptr + q)
-    if tl.load(label_ptr + q - 1, mask=q > 0, other=-1) == label:
-        return
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.load(column_ptr + k, mask=k < width, other=1.0)
     sums = tl.zeros((BLOCK,), tl.float32)
+    label = tl.load(label_ptr + q)
+    if (q >= total) | (tl.load(label_ptr + q - 1, mask=q > 0, other=-1) == label):
+        tl.store(out_ptr + q.to(tl.int64) * width + k, sums, mask=k < width)
+        return
+    column = tl.load(column_ptr + k, mask=k < width, other=1.0)
     start = q
     while tl.load(label_ptr + start, mask=start < total, other=-1) == label:
         at = start + tl.arange(0, ROWS)
@@ -490,7 +490,7 @@ def column_sums(e: Tensor, total: Tensor, scale: Tensor, first: int, out: Tensor
 
 
 def label_sums(hidden: Tensor, label: Tensor, order: Tensor, total: Tensor, terms: Tensor, columns: Tensor) -> Tensor:
-    """See `_label_sums`: float32 [all rows, width], of which only the first row of each label is written."""
+    """See `_label_sums`: float32 [all rows, width]."""
     n, width = hidden.shape
     out = hidden.new_empty((n, width), dtype=torch.float32)
     block = min(triton.next_power_of_2(width), 2048)

@@ -274,7 +274,7 @@ class Packed(NamedTuple):
     losses: Tensor
     """float32 [N], 0 where the label is ignored."""
     dhidden: Tensor
-    """[N, width], by place."""
+    """[N, width], by place; rows that do not count have none, and are not written."""
     coefficient: Tensor
     """float32 [N], by place: dhidden lacks so much of its label's row of weight."""
     at: Tensor
@@ -331,6 +331,7 @@ def _packed_fake(
 
 def _packed(*args: Any) -> Packed:
     *operands, given, need_dhidden, need_dweight, need_dbias, budget = args
+    given = given.contiguous()  # an expanded number, where the losses were summed
     made = _packed_fake(*args)
     made.losses.zero_()
     made.dbias.zero_()
@@ -338,9 +339,10 @@ def _packed(*args: Any) -> Packed:
     hidden, weight, (order, label, total, at) = loss.hidden, loss.weight, loss.rows
     n, width = hidden.shape
     if n == 0:
-        return made._replace(dweight=made.dweight.zero_(), first=made.first.fill_(-1), total=total)
+        made.first.fill_(-1)
+        return made._replace(dweight=made.dweight.zero_(), columns=made.columns.fill_(1), total=total)
     columns = _column_scales(hidden, given) if need_dweight else made.columns
-    terms, one = made.losses.new_empty((3, n)), given.new_ones(1)
+    terms, one = made.losses.new_zeros((3, n)), given.new_ones(1)
     scale = terms[2]
     size, e = _allocated(chunk_rows(n, width, weight.shape[0], budget), weight)
     packed = made.dweight.view(torch.float16) if need_dweight else None
@@ -460,8 +462,9 @@ def _whole_dweight(packed: Tensor, columns: Tensor, sums: Tensor, first: Tensor,
     read in the forward, they would be kept there as float16, and not be written over.
     """
     x = torch.where(scale == scale, packed, -packed).view(torch.float16).float() / columns
-    more = torch.where((first >= 0).unsqueeze(1), sums[first.clamp(min=0)], 0)
-    return ((x + more) * scale).to(packed.dtype)
+    if sums.shape[0]:
+        x = x + torch.where((first >= 0).unsqueeze(1), sums[first.clamp(min=0)], 0)
+    return (x * scale).to(packed.dtype)
 
 
 @torch.library.impl(_DWEIGHT, "CUDA")
@@ -476,15 +479,16 @@ whole_dweight = torch.ops.liger_compile.whole_dweight.default
 
 
 def gradients(
-    made: Packed, dloss: Tensor, hidden: Tensor, weight: Tensor, target: Tensor
+    made: Packed, dloss: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, need: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dhidden, dweight, dbias) times dloss, a float32 scalar; None where `made` has none."""
+    """(dhidden, dweight, dbias), those that are needed, times dloss, a float32 scalar."""
+    need_dhidden, need_dweight, need_dbias = need
     dhidden = dweight = dbias = None
-    if made.dhidden.numel():
+    if need_dhidden:
         dhidden = whole_dhidden(made.dhidden, weight, target, made.coefficient, made.at, dloss)
-    if made.dweight.numel():
+    if need_dweight:
         sums = label_sums(hidden, made.label, made.order, made.total, made.terms, made.columns)
         dweight = whole_dweight(made.dweight, made.columns, sums, made.first, dloss)
-    if made.dbias.numel():
+    if need_dbias:
         dbias = (made.dbias * dloss).to(hidden.dtype)
     return dhidden, dweight, dbias

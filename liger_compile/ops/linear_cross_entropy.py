@@ -436,7 +436,7 @@ class _Packed(_Way):
 
     def backward(self, call: _Call, saved: _Saved, scale: Tensor) -> _Gradients:
         hidden, weight, target, *made = saved
-        return fused.gradients(fused.Packed(*made), scale * call.factor, hidden, weight, target)
+        return fused.gradients(fused.Packed(*made), scale * call.factor, hidden, weight, target, call.need)
 
 
 class _Kept(_Way):
@@ -505,7 +505,7 @@ class _Logits(_Way):
         of_label = torch.where(target == call.ignore_index, 0, scale).to(most.dtype)
         of_lse = of_label if of_lse is None else of_label + of_lse
         dlogits = row_gradients(logits, target, most, total, of_lse, of_label, call.ignore_index, *call.how)
-        factor = torch.full_like(scale[:1], call.factor).squeeze()
+        factor = scale.new_full((), call.factor)
         return linear_cross_entropy_backward(dlogits, hidden, weight, factor, *call.need)
 
 

@@ -1,0 +1,272 @@
+"""The fused loss in all its ways, against float64: interpreted at small sizes, on a GPU at real ones."""
+
+from __future__ import annotations
+
+import functools
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import relative_error
+
+pytest.importorskip("triton")
+
+module = import_module("liger_compile.ops.linear_cross_entropy")
+fused = import_module("liger_compile.ops.fused_loss")
+INTERPRETED = not torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+gpu = pytest.mark.gpu
+
+WAYS = {
+    # name: (reduction, memory, bytes of logits at a time)
+    "packed": ("mean", "balanced", 1),
+    "kept": ("sum", "balanced", 1 << 30),
+    "rows kept": ("none", "balanced", 1 << 30),
+    "rows again": ("none", "lean", 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def fused_everywhere(monkeypatch):
+    """The fused road on this device, and fresh memory full of NaN, so that an element nobody writes shows."""
+    monkeypatch.setattr(module, "_can_fuse", lambda hidden, weight, smoothing: hidden.dtype is torch.bfloat16)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    reduction, memory, budget = WAYS[request.param]
+    monkeypatch.setitem(module.BUDGET, memory, budget)
+    return {"reduction": reduction, "memory": memory}
+
+
+two_ways = pytest.mark.parametrize("way", ["packed", "rows kept"], indirect=True)
+"""Where the others would show nothing that these do not; interpreting takes long."""
+
+
+def operands(n, width, classes, spread=1.0, bias=False, ignored=0.3, common=0.0):
+    """hidden, weight, bias, target: logits with a standard deviation of `spread`."""
+    hidden = torch.randn(n, width, device=DEVICE) + common * torch.randn(width, device=DEVICE)
+    weight = torch.randn(classes, width, device=DEVICE) * spread / width**0.5
+    made = [x.bfloat16().requires_grad_() for x in (hidden, weight)]
+    made.append(torch.randn(classes, device=DEVICE).bfloat16().requires_grad_() if bias else None)
+    target = torch.randint(classes, (n,), device=DEVICE)
+    target[torch.rand(n, device=DEVICE) < ignored] = -100
+    return *made, target
+
+
+def eager(hidden, weight, bias, target, reduction="mean", factor=1.0, softcap=0.0, class_weight=None):
+    z = F.linear(hidden, weight, bias)
+    z = z if z.dtype is torch.float64 else z.float()
+    z = z * factor
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    class_weight = None if class_weight is None else class_weight.to(z.dtype)
+    return F.cross_entropy(z, target, weight=class_weight, reduction=reduction)
+
+
+def ours(hidden, weight, bias, target, factor=1.0, **how):
+    return module.linear_cross_entropy(hidden, weight, bias, target, scale=factor, **how)
+
+
+def run(function, given, incoming, dtype=None):
+    """The loss and its gradients, from operands of their own."""
+    made = [g if g is None or dtype is None or not g.is_floating_point() else g.detach().to(dtype) for g in given]
+    made = [
+        m.detach().requires_grad_(g.requires_grad) if m is not None else None for m, g in zip(made, given, strict=True)
+    ]
+    loss = function(*made)
+    wanted = [m for m in made if m is not None and m.requires_grad]
+    return loss.detach(), *torch.autograd.grad(loss, wanted, incoming.to(loss.dtype).expand_as(loss))
+
+
+def check(given, incoming=None, **how):
+    """Each error is at most 1.05 times eager's; interpreted, where bfloat16 is truncated, that of a few truncations."""
+    memory = {"memory": how.pop("memory")} if "memory" in how else {}
+    incoming = torch.tensor(0.37, device=DEVICE) if incoming is None else incoming
+    exact = run(functools.partial(eager, **how), given, incoming, torch.float64)
+    theirs = run(functools.partial(eager, **how), given, incoming)
+    made = run(functools.partial(ours, **how, **memory), given, incoming)
+    again = run(functools.partial(ours, **how, **memory), given, incoming) if not INTERPRETED else made
+    for i, (o, a, t, x) in enumerate(zip(made, again, theirs, exact, strict=True)):
+        assert torch.equal(o, a), f"result {i} differs from run to run"
+        assert o.dtype is t.dtype and o.shape == t.shape and not o.isnan().any(), f"result {i}"
+        allowed = max(1.5e-2 if INTERPRETED else 1.05 * relative_error(t, x), 2e-5 if i == 0 else 0)
+        assert relative_error(o, x) <= allowed, f"result {i}: {relative_error(o, x)}, eager {relative_error(t, x)}"
+
+
+# ---- small ----------------------------------------------------------------------------------------------------------
+
+
+def test_ways(way):
+    """Two chunks, blocks that are not full in any direction."""
+    check(operands(200, 72, 530, bias=True, ignored=0.1), factor=0.5, softcap=3.0, **way)
+
+
+def test_three_chunks(monkeypatch):
+    monkeypatch.setitem(module.BUDGET, "balanced", 1)
+    check(operands(300, 40, 260, ignored=0.0))
+
+
+def test_what_each_way_does(way, monkeypatch):
+    called = set()
+
+    def spy(name, op):
+        monkeypatch.setattr(fused, name, lambda *args: called.add(name) or op(*args))
+
+    for name in ("fused_loss_and_gradients", "fused_loss_backward"):
+        spy(name, getattr(fused, name))
+    loss = ours(*operands(140, 16, 40), **way)
+    assert called == ({"fused_loss_and_gradients"} if way["reduction"] == "mean" else set())
+    loss.sum().backward()
+    assert ("fused_loss_backward" in called) == (way["memory"] == "balanced" and way["reduction"] != "mean")
+    assert ("fused_loss_and_gradients" in called) == (way["reduction"] == "mean" or way["memory"] == "lean")
+
+
+def test_peaked_logits(way):
+    """The largest logit is far above the sampled ones and the label's: its exponential overflows, and is done again."""
+    hidden, weight, _, target = operands(140, 64, 300, spread=4.0)
+    with torch.no_grad():
+        weight[7] = hidden[3] * 4  # not in the sample, which takes every second class
+        z = hidden.float() @ weight.float().t()
+    assert z.amax() - z[3, target[3]] > 150
+    check((hidden, weight, None, target), **way)
+
+
+@two_ways
+@pytest.mark.parametrize("trained", ["hidden", "weight", "bias", "hidden bias"])
+def test_only_what_is_trained(trained, way):
+    hidden, weight, bias, target = operands(140, 40, 260, bias=True)
+    given = [
+        x.detach().requires_grad_(n in trained) for n, x in (("hidden", hidden), ("weight", weight), ("bias", bias))
+    ]
+    check((*given, target), **way)
+
+
+@two_ways
+def test_frequent_labels(way):
+    """Their terms are in the products, where they nearly cancel; what rounding takes from them is added."""
+    hidden, weight, _, _ = operands(140, 64, 300, common=2.0)
+    target = torch.where(torch.rand(140, device=DEVICE) < 0.7, 5, torch.randint(300, (140,), device=DEVICE))
+    check((hidden, weight, None, target), **way)
+
+
+@two_ways
+@pytest.mark.parametrize("n, width, classes", [(1, 64, 300), (130, 8, 300), (129, 264, 1025), (5, 8, 1)])
+def test_sizes(n, width, classes, way):
+    check(operands(n, width, classes, ignored=0), **way)
+
+
+@pytest.mark.parametrize("way", ["rows kept", "rows again"], indirect=True)
+def test_rows_of_their_own(way):
+    """Upstream gradients of any shape."""
+    incoming = torch.randn(140, device=DEVICE)
+    incoming[::3] = 0
+    check(operands(140, 64, 300), incoming, **way)
+
+
+@two_ways
+def test_class_weights(way):
+    check(operands(140, 64, 300), class_weight=torch.rand(300, device=DEVICE), **way)
+
+
+@pytest.mark.parametrize("n", [0, 140])
+def test_no_label_counts(n, way):
+    """The mean of nothing is NaN, and no gradient is."""
+    given = operands(n, 16, 40, bias=True)[:3]
+    target = torch.full((n,), -100, device=DEVICE)
+    loss, *gradients = run(functools.partial(ours, **way), (*given, target), torch.ones((), device=DEVICE))
+    expected = {"mean": torch.full((), torch.nan), "sum": torch.zeros(()), "none": torch.zeros(n)}[way["reduction"]]
+    torch.testing.assert_close(loss.cpu(), expected, equal_nan=True)
+    assert not any(g.isnan().any() or g.any() for g in gradients)
+
+
+@two_ways
+def test_operands_as_they_lie(way):
+    """Transposed hidden states, every second row of a weight, and one that does not begin at 16 bytes."""
+    hidden = torch.randn(64, 150, device=DEVICE).bfloat16().t().requires_grad_()
+    target = torch.randint(300, (150,), device=DEVICE)
+    whole = torch.randn(600 * 64 + 1, device=DEVICE).bfloat16() * 0.1
+    for weight in (whole[:-1].view(600, 64)[::2], whole[1:].view(600, 64)[:300], whole[:-1].view(64, 600)[:, :300].t()):
+        check((hidden, weight.requires_grad_(), None, target), **way)
+
+
+@two_ways
+def test_not_finite(way):
+    """Where eager's loss or gradients are not finite, ours are not; a row that is spoils no other's dhidden."""
+    hidden, weight, _, target = operands(140, 64, 300, ignored=0)
+    with torch.no_grad():
+        hidden[3, 5] = float("inf")
+        hidden[9, 1] = float("nan")
+    loss, dhidden, dweight = run(functools.partial(ours, **way), (hidden, weight, None, target), torch.ones(1)[0])
+    assert not (loss if loss.ndim == 0 else loss[[3, 9]]).isfinite().any()
+    assert not dhidden[[3, 9]].isfinite().all(1).any() and dhidden[[0, 50, 139]].isfinite().all()
+    assert not dweight.isfinite().any()
+
+
+@two_ways
+def test_minus_infinity_in_the_bias(way):
+    """Classes that are masked out."""
+    hidden, weight, bias, target = operands(140, 64, 300, bias=True)
+    with torch.no_grad():
+        bias[100:200] = float("-inf")
+        target[(target >= 100) & (target < 200)] = 7
+    loss, *gradients = run(functools.partial(ours, **way), (hidden, weight, bias, target), torch.ones(1)[0])
+    expected = run(
+        functools.partial(eager, reduction=way["reduction"]), (hidden, weight, bias, target), torch.ones(1)[0]
+    )
+    assert loss.isfinite().all() and not any(g.isnan().any() for g in gradients)
+    for o, e in zip(gradients, expected[1:], strict=True):
+        assert relative_error(o, e) < 2e-2
+
+
+@two_ways
+def test_backward_twice(way):
+    given = operands(140, 64, 300)
+    loss = ours(*given, **way).sum()
+    first = torch.autograd.grad(loss, given[:2], retain_graph=True)
+    second = torch.autograd.grad(loss, given[:2])
+    assert all(map(torch.equal, first, second))
+
+
+def test_without_gradients(way):
+    given = operands(140, 64, 300, bias=True)
+    with torch.no_grad():
+        loss = ours(*given, **way)
+        expected = eager(*(g.double() if g.is_floating_point() else g for g in given), reduction=way["reduction"])
+    assert relative_error(loss, expected) < 1e-5
+
+
+def test_order():
+    """Rows that count, by label; nothing waits for the device."""
+    rows = fused._Order.of(torch.tensor([5, -100, 2, 5, -100, 0]), -100)
+    assert rows.total == 4 and rows.order[:4].tolist() == [5, 2, 0, 3]
+    assert rows.label.tolist() == [0, 2, 5, 5, -1, -1]
+    assert rows.at.tolist() == [2, -1, 1, 3, -1, 0]
+    assert rows.first_of(7).tolist() == [0, -1, 1, -1, -1, 2, -1]
+
+
+@pytest.mark.parametrize("budget", [1, 1 << 20, 10 << 20, 100 << 20])
+@pytest.mark.parametrize("n, width, classes", [(1, 64, 1000), (8192, 4096, 128256), (16384, 2048, 151936)])
+def test_chunks_fit_the_budget(n, width, classes, budget):
+    rows = fused.chunk_rows(n, width, classes, budget)
+    assert rows % 128 == 0 and (rows == 128 or rows * classes * 2 <= budget)
+    assert -(-n // rows) * rows < n + 128 * -(-n // rows)
+
+
+def test_chunks_of_the_issue():
+    """Half a gigabyte holds what the measured shapes need."""
+    assert fused.chunk_rows(8192, 4096, 128256, module.BUDGET["balanced"]) == 2048
+    assert fused.chunk_rows(16384, 2048, 151936, module.BUDGET["balanced"]) == 1920
+
+
+def test_products_in_parts():
+    products = import_module("liger_compile.kernels.loss_products")
+    for programs in (132, 114):
+        for n, width in ((128, 256), (512, 2048), (2048, 4096), (1920, 2048), (128, 16384)):
+            few = -(-n // 128) * -(-width // 256)
+            beside, alone = (products._parts(few, programs, b) for b in (True, False))
+            assert 2 * few * beside >= programs
+            assert 1 <= alone <= 8
