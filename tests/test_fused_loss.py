@@ -17,6 +17,7 @@ fused = import_module("liger_compile.ops.fused_loss")
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 gpu = pytest.mark.gpu
+pytestmark = [] if INTERPRETED else [gpu]  # on a GPU, small ones are worth running too
 
 WAYS = {
     # name: (reduction, memory, bytes of logits at a time)
@@ -108,6 +109,13 @@ def test_ways(way):
 def test_three_chunks(monkeypatch):
     monkeypatch.setitem(module.BUDGET, "balanced", 1)
     check(operands(300, 40, 260, ignored=0.0))
+
+
+def test_dhidden_in_parts(way, monkeypatch):
+    """As on a GPU with more multiprocessors than there are blocks of it."""
+    products = import_module("liger_compile.kernels.loss_products")
+    monkeypatch.setattr(products, "multiprocessors", lambda device: 12)
+    check(operands(140, 72, 530, ignored=0.1), **way)
 
 
 def test_what_each_way_does(way, monkeypatch):
@@ -262,7 +270,7 @@ def test_chunks_of_the_issue():
     assert fused.chunk_rows(16384, 2048, 151936, module.BUDGET["balanced"]) == 1920
 
 
-def test_products_in_parts():
+def test_how_many_parts():
     products = import_module("liger_compile.kernels.loss_products")
     for programs in (132, 114):
         for n, width in ((128, 256), (512, 2048), (2048, 4096), (1920, 2048), (128, 16384)):
@@ -270,3 +278,97 @@ def test_products_in_parts():
             beside, alone = (products._parts(few, programs, b) for b in (True, False))
             assert 2 * few * beside >= programs
             assert 1 <= alone <= 8
+
+
+# ---- real sizes, on a GPU -------------------------------------------------------------------------------------------
+
+
+def realistic(kind, n, width, classes):
+    hidden, weight, _, target = operands(n, width, classes, ignored=0.0)
+    if kind == "half ignored":
+        target[torch.rand(n, device=DEVICE) < 0.5] = -100
+    if kind == "peaked":
+        with torch.no_grad():
+            weight *= 8
+            best = (hidden @ weight.t()).argmax(1)
+        target = torch.where(torch.rand(n, device=DEVICE) < 0.7, best, target)
+    if kind == "common part, Zipf":
+        with torch.no_grad():
+            hidden += torch.randn(width, device=DEVICE) / 2
+        frequency = 1 / torch.arange(1, classes + 1, device=DEVICE).double()
+        target = torch.multinomial(frequency / frequency.sum(), n, replacement=True)
+    return hidden, weight, None, target
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["random", "half ignored", "peaked", "common part, Zipf"])
+@pytest.mark.parametrize("name", WAYS)
+def test_at_size(name, kind, monkeypatch):
+    reduction, memory, budget = WAYS[name]
+    monkeypatch.setitem(module.BUDGET, memory, max(budget, 128 << 20))
+    check(realistic(kind, 4096, 2048, 50257), reduction=reduction, memory=memory)
+
+
+@gpu
+@pytest.mark.parametrize("memory, most", [("lean", 0.15), ("balanced", 0.55)])
+def test_peak_memory(memory, most):
+    """Above the operands and their gradients, compiled: in the backward, Inductor writes over what the forward made."""
+    from liger_compile.backend import liger
+
+    compiled = torch.compile(eager, backend=functools.partial(liger, options={"liger.loss": memory}))
+    hidden, weight, _, target = operands(8192, 4096, 128256)
+    for _ in range(2):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        gradients = torch.autograd.grad(compiled(hidden, weight, None, target), (hidden, weight))
+        peak = torch.cuda.max_memory_allocated() - before
+        taken = sum(g.nbytes for g in gradients)
+        del gradients
+    assert peak <= taken + most * 2**30
+
+
+@gpu
+def test_nothing_waits_for_the_device(way):
+    """No synchronisation, so that it can be captured: replayed with other operands, it gives their results."""
+    given = operands(600, 256, 3000)
+    wanted = given[:2]
+
+    def step():
+        loss = ours(*given, **way).sum()
+        return loss, *torch.autograd.grad(loss, wanted)
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for g, other in zip(given, operands(600, 256, 3000, ignored=0.8), strict=True):
+            if g is not None:
+                g.copy_(other)
+    graph.replay()
+    assert all(map(torch.equal, captured, step()))
+
+
+@gpu
+@pytest.mark.parametrize("memory", ["balanced", "fast"])
+def test_more_than_two_to_the_31_logits(memory, monkeypatch):
+    monkeypatch.setitem(module.BUDGET, "fast", 8 << 30)
+    hidden, weight, _, target = operands(20480, 256, 128256, ignored=0.0)
+    loss = ours(hidden, weight, None, target, memory=memory, reduction="sum")
+    dhidden, dweight = torch.autograd.grad(loss, (hidden, weight))
+    tail = slice(20000, None)
+    exact = run(functools.partial(eager, reduction="sum"), (hidden[tail], weight, None, target[tail]), torch.ones(1)[0])
+    assert relative_error(dhidden[tail], exact[1]) < 5e-3
+    total = torch.zeros_like(weight, dtype=torch.float64)
+    for rows in torch.arange(20480, device=DEVICE).split(2048):
+        part = [x.detach().float() for x in (hidden[rows], weight)]
+        z = (part[0] @ part[1].t()).requires_grad_()
+        (g,) = torch.autograd.grad(F.cross_entropy(z, target[rows], reduction="sum"), z)
+        total += (g.t() @ part[0]).double()
+    assert relative_error(dweight, total) < 3e-3

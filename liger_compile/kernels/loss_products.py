@@ -19,6 +19,8 @@ BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
 PRODUCT = {"BM": BLOCK_M, "BN": BLOCK_N, "BK": BLOCK_K, "num_warps": 8, "num_stages": 3}
 EPILOGUE = tl.constexpr(8)
 """Writing a block of dweight takes about as long as this many steps of its product; only used to share out work."""
+VARYING = ("first", "n", "space", "all_rows", "parts", "part_rows")
+"""Arguments that differ from chunk to chunk: a kernel is not compiled again for a value of theirs."""
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -62,7 +64,7 @@ def exponential(
     return e, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _exponentials(
     rows_desc,
     weight_desc,
@@ -120,7 +122,7 @@ def _exponentials(
         tl.store(sums_ptr + j * n + rows, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _gradients(
     e_rows_desc,
     weight_desc,
@@ -136,6 +138,7 @@ def _gradients(
     width,
     classes,
     parts,
+    part_rows,
     DHIDDEN: tl.constexpr,
     DWEIGHT: tl.constexpr,
     ADD: tl.constexpr,
@@ -143,8 +146,8 @@ def _gradients(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """E W [parts, n, width], each part the sum over some of the classes, times a scale of each row, by its place; and
-    E^T rows [classes, width] times one scale.
+    """E W [parts, part_rows, width], each part the sum over some of the classes, times a scale of each row, by its
+    place; and E^T rows [classes, width] times one scale.
 
     Per element of E: a read from memory for each product, 2 width operations each; per element of the results: a write,
     and with ADD a read, which happens in L2 (rounded twice to the result's dtype, float16). Blocks of E W are few and
@@ -170,11 +173,11 @@ def _gradients(
             x *= tl.load(row_scale_ptr + first + rows, mask=rows < count, other=0.0)[:, None]
             left, right = x.to(dhidden_desc.dtype).reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
             a, b = left.reshape(BM, 2, BN // 4).permute(0, 2, 1).split()
-            dhidden_desc.store([part * n + m, c], a)
-            dhidden_desc.store([part * n + m, c + BN // 4], b)
+            dhidden_desc.store([part * part_rows + m, c], a)
+            dhidden_desc.store([part * part_rows + m, c + BN // 4], b)
             a, b = right.reshape(BM, 2, BN // 4).permute(0, 2, 1).split()
-            dhidden_desc.store([part * n + m, c + BN // 2], a)
-            dhidden_desc.store([part * n + m, c + BN // 4 * 3], b)
+            dhidden_desc.store([part * part_rows + m, c + BN // 2], a)
+            dhidden_desc.store([part * part_rows + m, c + BN // 4 * 3], b)
     if DWEIGHT:
         depth = tl.maximum(count, 1)
         many = tl.cdiv(classes, BM) * across
@@ -261,7 +264,10 @@ def gradients(
     dweight: Tensor | None,
     add: bool,
 ) -> None:
-    """Writes row_scale E W in parts [parts, n, width], and writes, or adds, scale E^T rows [classes, width]."""
+    """Writes row_scale E W in parts [parts, rows, width], and writes, or adds, scale E^T rows [classes, width].
+
+    With several parts, their rows are a multiple of 128: blocks are written whole.
+    """
     (n, classes), width = e.shape, weight.shape[1]
     rows_desc = TensorDescriptor.from_tensor(rows, [BLOCK_K, BLOCK_N])
     x = rows if dhidden is None else dhidden.view(-1, width)
@@ -272,7 +278,7 @@ def gradients(
         TensorDescriptor.from_tensor(e, [BLOCK_K, BLOCK_M]),
         rows_desc,
         rows_desc if dweight is None else TensorDescriptor.from_tensor(dweight, [BLOCK_M, BLOCK_N // 2]),
-        *(row_scale, scale, total, first, n, width, classes, 1 if dhidden is None else dhidden.shape[0]),
+        *(row_scale, scale, total, first, n, width, classes, *((1, n) if dhidden is None else dhidden.shape[:2])),
         DHIDDEN=dhidden is not None,
         DWEIGHT=dweight is not None,
         ADD=add,

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .loss_products import BLOCK_M, LOG2E, exponential, share, transform
+from .loss_products import BLOCK_M, LOG2E, VARYING, exponential, share, transform
 
 FINISH_ROWS = 16
 """Rows a program of `_finish` takes: enough to read partial sums in lines of 64 bytes, few enough to use all SMs."""
@@ -34,7 +34,7 @@ FREQUENT = tl.constexpr(8)
 """A row has its label's term in E if the label is also that of the row so many places before it, or behind it."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _gather(
     hidden_ptr,
     weight_ptr,
@@ -107,7 +107,7 @@ def _logits(
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _finish(
     rows_ptr,
     weight_ptr,
@@ -205,7 +205,7 @@ def _finish(
         tl.store(terms_ptr + 2 * all_rows + q, scale, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _normalize(e_ptr, label_ptr, terms_ptr, total_ptr, first, n, all_rows, classes, e_row, BLOCK: tl.constexpr):
     """E becomes the gradient of the logits: divided by t, a g at the label. Per element: a read and a write."""
     r = tl.program_id(0)
@@ -219,7 +219,7 @@ def _normalize(e_ptr, label_ptr, terms_ptr, total_ptr, first, n, all_rows, class
     tl.store(at, e.to(e_ptr.dtype.element_ty), mask=v < classes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _weighted(
     hidden_ptr,
     order_ptr,
@@ -254,11 +254,22 @@ def _weighted(
         tl.store(rows_ptr + r.to(tl.int64) * width + k, h.to(rows_ptr.dtype.element_ty), mask=k < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _summed(
-    x_ptr, order_ptr, total_ptr, factor_ptr, out_ptr, first, n, width, parts, PLACED: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    order_ptr,
+    total_ptr,
+    factor_ptr,
+    out_ptr,
+    first,
+    n,
+    width,
+    parts,
+    part_rows,
+    PLACED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Sums of parts [parts, n, width] times a factor: row by place, or PLACED where they belong among all rows.
+    """Sums of parts [parts, part_rows, width] times a factor: row by place, or PLACED where they belong among all rows.
 
     Per element: `parts` reads, most of them from L2, and a write.
     """
@@ -268,14 +279,14 @@ def _summed(
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.zeros((BLOCK,), tl.float32)
     for part in range(0, parts):
-        x += tl.load(x_ptr + (part * n + r) * width + k, mask=k < width, other=0.0).to(tl.float32)
+        x += tl.load(x_ptr + (part * part_rows + r) * width + k, mask=k < width, other=0.0).to(tl.float32)
     if PLACED:
         r = tl.load(order_ptr + first + r)
     out = x * tl.load(factor_ptr)
     tl.store(out_ptr + r * width + k, out.to(out_ptr.dtype.element_ty), mask=k < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _column_sums(
     e_ptr, total_ptr, scale_ptr, out_ptr, first, n, classes, e_row, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -293,7 +304,7 @@ def _column_sums(
     tl.store(out_ptr + v, old + total, mask=v < classes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _label_sums(
     hidden_ptr,
     label_ptr,
@@ -475,9 +486,10 @@ def weighted(
 
 def summed(x: Tensor, order: Tensor, total: Tensor, factor: Tensor, first: int, placed: bool, out: Tensor) -> None:
     """See `_summed`; `out` is the chunk's own rows, or all rows if `placed`."""
-    parts, n, width = x.shape
-    _summed[(min(n, order.shape[0] - first), triton.cdiv(width, 2048))](
-        *(x, order, total, factor, out, first, n, width, parts), PLACED=placed, BLOCK=2048, num_warps=4
+    parts, part_rows, width = x.shape
+    n = min(part_rows, order.shape[0] - first)
+    _summed[(n, triton.cdiv(width, 2048))](
+        *(x, order, total, factor, out, first, n, width, parts, part_rows), PLACED=placed, BLOCK=2048, num_warps=4
     )
 
 

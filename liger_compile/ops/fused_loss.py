@@ -243,7 +243,8 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if need_dweight:
         _rows().weighted(hidden, order, total, scale, given.new_ones(width), 0, n, rows)
     if need_dhidden:
-        x = factor.new_empty((_products().parts(n, width, hidden.device, beside=need_dweight), n, width))
+        parts = _products().parts(n, width, hidden.device, beside=need_dweight)
+        x = factor.new_empty((parts, _tiled(n), width))
     if need_dhidden or need_dweight:
         written = dweight if need_dweight else None
         _products().gradients(e, _aligned(weight), rows, scale, factor, total, 0, x, written, add=False)
