@@ -14,7 +14,7 @@ from triton.runtime.jit import JITFunction
 TARGET = GPUTarget("cuda", 90, 32)
 KERNELS = {
     *("_forward", "_backward", "_total", "_rope", "_rows", "_row_gradients", "_scaled", "_gather", "_exponentials"),
-    *("_finish", "_normalize", "_weighted", "_gradients", "_summed", "_column_sums", "_label_sums"),
+    *("_finish", "_dlogits", "_weighted", "_gradients", "_summed", "_column_sums", "_label_sums"),
     *("_whole_dhidden", "_whole_dweight"),
 }
 """Those that must have been compiled."""
@@ -66,7 +66,7 @@ def main() -> None:
         target = torch.zeros(16, dtype=torch.int64)
         given, logits = torch.rand(16), torch.randn(16, 9000).to(dtype)
         for how in ((1.0, 1.0, 0.0, False, 0.0), (0.5, 3.0, 20.0, False, 0.1), (1.0, 1.0, 20.0, True, 0.0)):
-            cross_entropy.row_gradients(logits, target, given, given, given, given, -100, how)
+            cross_entropy.row_gradients(logits, target, given, given, given, given, how, 0, logits)
             for gradient in (False, True):
                 cross_entropy.rows(logits, target, given, -100, how, gradient)
     fused_loss()
@@ -81,8 +81,8 @@ def fused_loss() -> None:
     y, given = torch.randint(1030, (300,)), torch.ones(1)
     for bias, softcap, need in ((b, 3.0, (True, True, True)), (None, 0.0, (True, False, False))):
         fused.fused_loss(h, w, bias, y, -100, 1.0, softcap, False)
-        _, dlogits, order, total = fused.fused_loss(h, w, bias, y, -100, 1.0, softcap, True)
-        fused.fused_loss_backward(dlogits, order, total, h, w, given, *need)
+        _, *kept = fused.fused_loss(h, w, bias, y, -100, 1.0, softcap, True)
+        fused.fused_loss_backward(*kept, h, w, given, *need)
         made = fused.fused_loss_and_gradients(h, w, bias, y, -100, 1.0, softcap, given, *need, 1)
         fused.gradients(fused.Packed(*made), torch.ones(()), h, w, y, need)
     rows = import_module("liger_compile.kernels.loss_rows")

@@ -193,7 +193,10 @@ def test_row_gradients(dtype, how):
     def gradient(rows, function):
         def run(logits, target, of_lse, of_label):
             _, most, total = rows(logits.clone(), target, None, -100, how, False)
-            return function(logits, target, most, total, of_lse, of_label, -100, how)
+            out = torch.empty_like(logits)
+            for part in (slice(0, 170), slice(170, 300)):
+                function(logits, target, most, total, of_lse, of_label, how, part.start, out[:, part])
+            return out
 
         return run
 

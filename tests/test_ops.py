@@ -42,6 +42,7 @@ def transposed(*shape):
 
 TRANSFORM = (None, -100, 0.5, 3.0, 2.0, True, 0.0)
 PLAIN = (None, -100, 1.0, 1.0, 0.0, False, 0.0)
+ALL = (True, True, True)
 Y6 = torch.tensor([1, 1, 1, 3, 3, 5], dtype=torch.int32)
 SMOOTH = (torch.rand(6), -100, 1.0, 1.0, 0.0, False, 0.1)
 
@@ -132,9 +133,15 @@ SAMPLES = {
         lambda: ((fixed(6, 8), fixed(9, 8), None, labels(), *PLAIN, False, False, False, "", 99), {}),
         lambda: ((fixed(0, 8), fixed(9, 8), None, labels(0), *PLAIN, True, True, False, "", 99), {}),
     ],
-    "row_gradients": [
-        lambda: ((fixed(6, 9), labels(), *torch.rand(4, 6), -100, 0.5, 3.0, 2.0, True, 0.0), {}),
-        lambda: ((half(6, 9, grad=False), labels(), *torch.rand(4, 6), *PLAIN[1:]), {}),
+    "linear_cross_entropy_from_logits": [
+        lambda: (
+            (fixed(6, 9), labels(), *torch.rand(4, 6), 0.5, 3.0, 2.0, True, 0.1, fixed(6, 8), fixed(9, 8), *ALL),
+            {},
+        ),
+        lambda: (
+            (fixed(0, 9), labels(0), *torch.rand(4, 0), *PLAIN[2:], fixed(0, 8), fixed(9, 8), False, True, False),
+            {},
+        ),
     ],
     "linear_cross_entropy_backward": [
         lambda: ((fixed(6, 9), fixed(6, 8), fixed(9, 8), torch.tensor(0.3), True, True, True), {}),
@@ -149,13 +156,13 @@ SAMPLES = {
         lambda: (
             (
                 half(6, 16, grad=False),
+                torch.rand(3, 6),
                 torch.arange(6),
-                torch.tensor(4).int(),
+                Y6,
+                torch.tensor(6).int(),
                 *head(grad=False)[:2],
-                torch.tensor([0.3]),
-                True,
-                True,
-                True,
+                torch.ones(1),
+                *ALL,
             ),
             {},
         ),

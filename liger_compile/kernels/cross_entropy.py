@@ -135,7 +135,10 @@ def _row_gradients(
     of_label_ptr,
     out_ptr,
     row_stride,
+    out_stride,
     n_cols,
+    column,
+    columns,
     scale,
     divisor,
     softcap,
@@ -145,7 +148,7 @@ def _row_gradients(
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = (of_lse softmax(z) - of_label smoothed label) dz/dx divisor / scale of each row.
+    """out = (of_lse softmax(z) - of_label smoothed label) dz/dx divisor / scale, of some columns of each row.
 
     Per element: a read and a write; rows of which neither is wanted are written as zeros and not read.
     """
@@ -153,14 +156,15 @@ def _row_gradients(
     here = row + tl.arange(0, 1)
     of_lse, of_label = tl.load(of_lse_ptr + here).to(tl.float32), tl.load(of_label_ptr + here).to(tl.float32)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < columns
     wanted = (of_lse != 0) | (of_label != 0)
-    x = tl.load(logits_ptr + row * row_stride + cols, mask=(cols < n_cols) & wanted, other=0.0).to(tl.float32)
+    x = tl.load(logits_ptr + row * row_stride + column + cols, mask=inside & wanted, other=0.0).to(tl.float32)
     z, slope = _transform(x, scale, divisor, softcap, WORK, SCALED, CAPPED)
     smooth = tl.cast(smoothing, tl.float32)
     g = tl.exp(z - tl.load(most_ptr + row)) * (of_lse / tl.load(total_ptr + row))
-    g -= of_label * (tl.where(cols == tl.load(target_ptr + row), 1.0 - smooth, 0.0) + smooth / n_cols)
+    g -= of_label * (tl.where(column + cols == tl.load(target_ptr + row), 1.0 - smooth, 0.0) + smooth / n_cols)
     g = tl.where(wanted, g * slope, 0.0)
-    tl.store(out_ptr + row * n_cols + cols, g.to(out_ptr.dtype.element_ty), mask=cols < n_cols)
+    tl.store(out_ptr + row * out_stride + cols, g.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -216,21 +220,20 @@ def row_gradients(
     total: Tensor,
     of_lse: Tensor,
     of_label: Tensor,
-    ignore_index: int,
     how: tuple[float, float, float, bool, float],
-) -> Tensor:
+    column: int,
+    out: Tensor,
+) -> None:
     """The gradient of rows of logits [n, V], times divisor / scale, from that of their log-sum-exp and of their labels'
-    terms, [n] each."""
-    n, vocabulary = logits.shape
+    terms, [n] each: writes the columns from `column` on into `out`."""
+    n, columns = out.shape
     scale, divisor, softcap, wide, smoothing = how
-    out = torch.empty_like(logits)
-    block = min(triton.next_power_of_2(vocabulary), BLOCK)
+    block = min(triton.next_power_of_2(columns), BLOCK)
     if n:
-        _row_gradients[(n, triton.cdiv(vocabulary, block))](
-            *(logits, target, most, total, of_lse, of_label, out, logits.stride(0), vocabulary),
-            *(scale, divisor, softcap, smoothing),
+        _row_gradients[(n, triton.cdiv(columns, block))](
+            *(logits, target, most, total, of_lse, of_label, out, logits.stride(0), out.stride(0)),
+            *(logits.shape[1], column, columns, scale, divisor, softcap, smoothing),
             BLOCK=block,
             num_warps=min(max(block // 256, 1), WARPS),
             **_transformed(logits, scale, divisor, softcap, wide),
         )
-    return out

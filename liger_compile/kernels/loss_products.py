@@ -122,6 +122,14 @@ def _exponentials(
         tl.store(sums_ptr + j * n + rows, total)
 
 
+@triton.jit
+def _put(desc, row, column, x, ADD: tl.constexpr):
+    if ADD:
+        desc.atomic_add([row, column], x)
+    else:
+        desc.store([row, column], x)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def _gradients(
     e_rows_desc,
@@ -131,7 +139,6 @@ def _gradients(
     rows_desc,
     dweight_desc,
     row_scale_ptr,
-    scale_ptr,
     total_ptr,
     first,
     n,
@@ -141,17 +148,18 @@ def _gradients(
     part_rows,
     DHIDDEN: tl.constexpr,
     DWEIGHT: tl.constexpr,
-    ADD: tl.constexpr,
+    ADD_DHIDDEN: tl.constexpr,
+    ADD_DWEIGHT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
     """E W [parts, part_rows, width], each part the sum over some of the classes, times a scale of each row, by its
-    place; and E^T rows [classes, width] times one scale.
+    place; and E^T rows [classes, width].
 
     Per element of E: a read from memory for each product, 2 width operations each; per element of the results: a write,
-    and with ADD a read, which happens in L2 (rounded twice to the result's dtype, float16). Blocks of E W are few and
-    take long: the programs that get none begin with blocks of the other product, so that all end together.
+    and where they are added a read, in L2 (both are rounded to the result's dtype). Blocks of E W are few and take
+    long: the programs that get none begin with blocks of the other product, so that all end together.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -173,15 +181,15 @@ def _gradients(
             x *= tl.load(row_scale_ptr + first + rows, mask=rows < count, other=0.0)[:, None]
             left, right = x.to(dhidden_desc.dtype).reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
             a, b = left.reshape(BM, 2, BN // 4).permute(0, 2, 1).split()
-            dhidden_desc.store([part * part_rows + m, c], a)
-            dhidden_desc.store([part * part_rows + m, c + BN // 4], b)
+            _put(dhidden_desc, part * part_rows + m, c, a, ADD_DHIDDEN)
+            _put(dhidden_desc, part * part_rows + m, c + BN // 4, b, ADD_DHIDDEN)
             a, b = right.reshape(BM, 2, BN // 4).permute(0, 2, 1).split()
-            dhidden_desc.store([part * part_rows + m, c + BN // 2], a)
-            dhidden_desc.store([part * part_rows + m, c + BN // 4 * 3], b)
+            _put(dhidden_desc, part * part_rows + m, c + BN // 2, a, ADD_DHIDDEN)
+            _put(dhidden_desc, part * part_rows + m, c + BN // 4 * 3, b, ADD_DHIDDEN)
     if DWEIGHT:
         depth = tl.maximum(count, 1)
         many = tl.cdiv(classes, BM) * across
-        if ADD and count == 0:
+        if ADD_DWEIGHT and count == 0:
             many = 0
         busy = items % programs
         waiting = tl.where(busy == 0, 0, programs - busy)
@@ -189,7 +197,6 @@ def _gradients(
         mine_early = tl.where(program >= busy, tl.cdiv(early - (program - busy), tl.maximum(waiting, 1)), 0)
         mine_early = tl.where(waiting == 0, 0, tl.maximum(mine_early, 0))
         mine = mine_early + tl.maximum(tl.cdiv(many - early - program, programs), 0)
-        scale = tl.load(scale_ptr)
         for turn in tl.range(0, mine, flatten=True):
             ahead = turn < mine_early
             block = tl.where(ahead, program - busy + waiting * turn, early + program + programs * (turn - mine_early))
@@ -198,13 +205,9 @@ def _gradients(
             x = tl.zeros((BM, BN), tl.float32)
             for k in tl.range(0, depth, BK):
                 x = tl.dot(e_cols_desc.load([k, v]).T, rows_desc.load([k, c]), x)
-            left, right = (x * scale).reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-            if ADD:
-                dweight_desc.atomic_add([v, c], left.to(dweight_desc.dtype))
-                dweight_desc.atomic_add([v, c + BN // 2], right.to(dweight_desc.dtype))
-            else:
-                dweight_desc.store([v, c], left.to(dweight_desc.dtype))
-                dweight_desc.store([v, c + BN // 2], right.to(dweight_desc.dtype))
+            left, right = x.to(dweight_desc.dtype).reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+            _put(dweight_desc, v, c, left, ADD_DWEIGHT)
+            _put(dweight_desc, v, c + BN // 2, right, ADD_DWEIGHT)
 
 
 def exponentials(
@@ -257,14 +260,14 @@ def gradients(
     weight: Tensor,
     rows: Tensor,
     row_scale: Tensor,
-    scale: Tensor,
     total: Tensor,
     first: int,
     dhidden: Tensor | None,
     dweight: Tensor | None,
-    add: bool,
+    add_dhidden: bool = False,
+    add_dweight: bool = False,
 ) -> None:
-    """Writes row_scale E W in parts [parts, rows, width], and writes, or adds, scale E^T rows [classes, width].
+    """Writes, or adds, row_scale E W in parts [parts, rows, width], and E^T rows [classes, width].
 
     With several parts, their rows are a multiple of 128: blocks are written whole.
     """
@@ -278,9 +281,10 @@ def gradients(
         TensorDescriptor.from_tensor(e, [BLOCK_K, BLOCK_M]),
         rows_desc,
         rows_desc if dweight is None else TensorDescriptor.from_tensor(dweight, [BLOCK_M, BLOCK_N // 2]),
-        *(row_scale, scale, total, first, n, width, classes, *((1, n) if dhidden is None else dhidden.shape[:2])),
+        *(row_scale, total, first, n, width, classes, *((1, n) if dhidden is None else dhidden.shape[:2])),
         DHIDDEN=dhidden is not None,
         DWEIGHT=dweight is not None,
-        ADD=add,
+        ADD_DHIDDEN=add_dhidden,
+        ADD_DWEIGHT=add_dweight,
         **PRODUCT,
     )

@@ -136,11 +136,12 @@ def _finish(
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
     STORE: tl.constexpr,
+    PATCH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The loss of each row, to its place among all rows; its `terms`; and E at a frequent label.
+    """The loss of each row, to its place among all rows; its `terms`; and with PATCH, E at a frequent label.
 
     terms [3, all rows], for the row at q: a g, E_iy as it is rounded, a / t.
 
@@ -189,16 +190,17 @@ def _finish(
     i = tl.load(order_ptr + q, mask=live, other=0)
     tl.store(loss_ptr + i, (shift - chosen) / LOG2E + tl.log(t), mask=live)
     if STORE:
-        before = tl.load(label_ptr + q - FREQUENT, mask=live & (q >= FREQUENT), other=-1)
-        behind = tl.load(label_ptr + q + FREQUENT, mask=live & (q + FREQUENT < all_rows), other=-1)
         slope = tl.full((ROWS,), 1.0, tl.float32)
         if CAPPED:
             tanh = chosen / (LOG2E * softcap)
             slope = 1.0 - tanh * tanh
-        inside = (label >= 0) & (label < classes)
-        frequent = inside & ((label == before) | (label == behind))
-        here = tl.where(frequent, -s * slope, 0.0).to(e_ptr.dtype.element_ty)
-        tl.store(e_ptr + r.to(tl.int64) * e_row + label, here, mask=live & frequent)
+        here = tl.zeros((ROWS,), e_ptr.dtype.element_ty)
+        if PATCH:
+            before = tl.load(label_ptr + q - FREQUENT, mask=live & (q >= FREQUENT), other=-1)
+            behind = tl.load(label_ptr + q + FREQUENT, mask=live & (q + FREQUENT < all_rows), other=-1)
+            frequent = (label >= 0) & (label < classes) & ((label == before) | (label == behind))
+            here = tl.where(frequent, -s * slope, 0.0).to(e_ptr.dtype.element_ty)
+            tl.store(e_ptr + r.to(tl.int64) * e_row + label, here, mask=live & frequent)
         scale = tl.load(given_ptr + i * given_step, mask=live, other=0.0) / t
         tl.store(terms_ptr + q, -s * slope * scale, mask=live)
         tl.store(terms_ptr + all_rows + q, here.to(tl.float32), mask=live)
@@ -206,17 +208,35 @@ def _finish(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _normalize(e_ptr, label_ptr, terms_ptr, total_ptr, first, n, all_rows, classes, e_row, BLOCK: tl.constexpr):
-    """E becomes the gradient of the logits: divided by t, a g at the label. Per element: a read and a write."""
-    r = tl.program_id(0)
-    if r >= share(total_ptr, first, n):
-        return
+def _dlogits(
+    e_ptr,
+    label_ptr,
+    order_ptr,
+    total_ptr,
+    terms_ptr,
+    given_ptr,
+    out_ptr,
+    column,
+    all_rows,
+    columns,
+    e_row,
+    out_row,
+    given_step,
+    BLOCK: tl.constexpr,
+):
+    """The gradients of some columns of logits: E a / t, a g at the label; rows that do not count are zero.
+
+    Per element: a read and a write.
+    """
+    q = tl.program_id(0)
+    live = q < tl.load(total_ptr)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = e_ptr + r.to(tl.int64) * e_row + v
-    e = tl.load(at, mask=v < classes, other=0.0).to(tl.float32) * tl.load(terms_ptr + 2 * all_rows + first + r)
-    g = tl.load(terms_ptr + first + r)
-    e = tl.where(v == tl.load(label_ptr + first + r), g, e)
-    tl.store(at, e.to(e_ptr.dtype.element_ty), mask=v < classes)
+    given = tl.load(given_ptr + tl.load(order_ptr + q) * given_step)
+    e = tl.load(e_ptr + q.to(tl.int64) * e_row + column + v, mask=live & (v < columns), other=0.0).to(tl.float32)
+    e *= given * tl.load(terms_ptr + 2 * all_rows + q, mask=live, other=0.0)
+    here = given * tl.load(terms_ptr + q, mask=live, other=0.0)
+    e = tl.where(live & (column + v == tl.load(label_ptr + q)), here, e)
+    tl.store(out_ptr + q.to(tl.int64) * out_row + v, e.to(out_ptr.dtype.element_ty), mask=v < columns)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -444,6 +464,7 @@ def finish(
     e: Tensor | None,
     losses: Tensor,
     terms: Tensor,
+    patch: bool,
 ) -> None:
     """See `_finish`. `given` is the gradient of each row's loss, or one of all."""
     classes, width = weight.shape
@@ -456,6 +477,7 @@ def finish(
         BIASED=bias is not None,
         CAPPED=softcap > 0,
         STORE=e is not None,
+        PATCH=patch,
         ROWS=FINISH_ROWS,
         BLOCK=64,
         BK=64,
@@ -463,12 +485,17 @@ def finish(
     )
 
 
-def normalize(e: Tensor, label: Tensor, terms: Tensor, total: Tensor) -> None:
-    """See `_normalize`; E [n, classes] of all rows."""
-    n, classes = e.shape
-    block = min(triton.next_power_of_2(classes), 8192)
-    _normalize[(n, triton.cdiv(classes, block))](
-        e, label, terms, total, 0, n, label.shape[0], classes, e.stride(0), BLOCK=block, num_warps=8
+def dlogits(
+    e: Tensor, label: Tensor, order: Tensor, total: Tensor, terms: Tensor, given: Tensor, column: int, out: Tensor
+) -> None:
+    """See `_dlogits`: writes the columns from `column` on into `out` [N, columns]."""
+    n, columns = out.shape
+    block = min(triton.next_power_of_2(columns), 4096)
+    _dlogits[(n, triton.cdiv(columns, block))](
+        *(e, label, order, total, terms, given, out, column, n, columns, e.stride(0), out.stride(0)),
+        int(given.numel() > 1),
+        BLOCK=block,
+        num_warps=max(block // 512, 1),
     )
 
 

@@ -1,10 +1,10 @@
 """Linear + cross-entropy in bfloat16 on Hopper: the ops behind `linear_cross_entropy` there.
 
-`kernels/loss_rows.py` has the formulas. Where all rows fit in one chunk, `fused_loss` keeps the gradients of the
-logits, and `fused_loss_backward` multiplies them. Where they do not, `fused_loss_and_gradients` goes through the rows
-in chunks and makes the gradients at once, for row weights that are known. What these still lack are the labels' terms:
-`whole_dhidden` and `whole_dweight` add them in the backward, and multiply with the gradient of the loss, in float32,
-and round once.
+`kernels/loss_rows.py` has the formulas. Where all rows fit in one chunk, `fused_loss` keeps their exponentials, and
+`fused_loss_backward` makes the logits' gradients of them, some columns at a time, and multiplies them. Where they do
+not, `fused_loss_and_gradients` goes through the rows in chunks and makes the gradients at once, for row weights that
+are known. What these still lack are the labels' terms: `whole_dhidden` and `whole_dweight` add them in the backward,
+and multiply with the gradient of the loss, in float32, and round once.
 
 Until then dweight is packed: float16 with a scale for each column, so that sums over chunks are rounded to 11 bits. A
 column's scale keeps it from overflow: no logit's gradient is larger than its row's weight, so no sum is larger than the
@@ -32,6 +32,8 @@ SAMPLE = 128
 """Classes whose logits are computed beforehand, to know how large a row's logits are."""
 FEW = 66
 """Blocks of dhidden, 128 x 256, with which half of an H100's multiprocessors are busy."""
+SLAB_BYTES = 128 << 20
+"""Of the logits' gradients, where the backward makes them."""
 LARGEST = 32768.0
 """Packed values are at most this, half of float16's range."""
 
@@ -125,7 +127,15 @@ class _Loss(NamedTuple):
     softcap: float
 
     def fill(
-        self, rows: Tensor, e: Tensor | None, n: int, first: int, given: Tensor, losses: Tensor, terms: Tensor
+        self,
+        rows: Tensor,
+        e: Tensor | None,
+        n: int,
+        first: int,
+        given: Tensor,
+        losses: Tensor,
+        terms: Tensor,
+        patch: bool,
     ) -> None:
         """E, losses and terms of the n rows from the place `first` on; `rows` is overwritten with them."""
         hidden, weight, bias, (order, label, total, _), guess, factor, softcap = self
@@ -135,7 +145,7 @@ class _Loss(NamedTuple):
         sums = _products().exponentials(rows, weight, bias, label, shift, total, first, n, factor, softcap, e)
         _rows().finish(
             *(rows, weight, bias, label, order, total, chosen, shift, sums, given),
-            *(factor, softcap, first, e, losses, terms),
+            *(factor, softcap, first, e, losses, terms, patch),
         )
 
 
@@ -160,6 +170,26 @@ def _exponentials_of(n: int, weight: Tensor) -> Tensor:
 # ---- the loss, and what it keeps -----------------------------------------------------------------------------------
 
 
+class Kept(NamedTuple):
+    """Losses, and of what they were computed; only these where no gradient is wanted."""
+
+    losses: Tensor
+    """float32 [N], 0 where the label is ignored."""
+    e: Tensor
+    """[N, classes rounded up to 8], by place; rows that do not count are not written."""
+    terms: Tensor
+    """float32 [3, N], by place; see `kernels.loss_rows._finish`."""
+    order: Tensor
+    label: Tensor
+    total: Tensor
+    """As in `_Order`."""
+
+
+def kept_bytes(n: int, width: int, classes: int) -> int:
+    """What the kept exponentials of n rows take, and their backward besides its results."""
+    return n * classes * 2 + SLAB_BYTES + n * width * 6
+
+
 def _loss_fake(
     hidden: Tensor,
     weight: Tensor,
@@ -169,38 +199,39 @@ def _loss_fake(
     factor: float,
     softcap: float,
     keep: bool,
-) -> tuple[Tensor, ...]:
-    kept = hidden.shape[0] if keep else 0
-    return (
-        hidden.new_empty(hidden.shape[0], dtype=torch.float32),
-        hidden.new_empty((kept, -(-weight.shape[0] // 8) * 8)),
-        target.new_empty(kept),
-        target.new_empty((), dtype=torch.int32),
+) -> Kept:
+    n = hidden.shape[0] if keep else 0
+    return Kept(
+        losses=hidden.new_empty(hidden.shape[0], dtype=torch.float32),
+        e=hidden.new_empty((n, -(-weight.shape[0] // 8) * 8)),
+        terms=hidden.new_empty((3, n), dtype=torch.float32),
+        order=target.new_empty(n),
+        label=target.new_empty(n, dtype=torch.int32),
+        total=target.new_empty((), dtype=torch.int32),
     )
 
 
-def _loss(*args: Any) -> tuple[Tensor, ...]:
+def _loss(*args: Any) -> Kept:
     *operands, keep = args
-    losses, kept, order, _ = _loss_fake(*args)
+    made = _loss_fake(*args)
+    made.losses.zero_()
+    made.terms.zero_()
     loss = _loss_of(*operands)
-    n = losses.shape[0]
-    losses.zero_()
+    n = made.losses.shape[0]
     size = _tiled(n) if keep else min(_tiled(n), LOSS_ROWS)
     e = _exponentials_of(size, loss.weight) if keep else None
-    rows = loss.hidden.new_empty((min(size, n), loss.hidden.shape[1]))
-    terms, given = losses.new_empty((3, n if keep else 0)), losses.new_ones(1)
+    rows, given = loss.hidden.new_empty((min(size, n), loss.hidden.shape[1])), made.losses.new_ones(1)
     for first in range(0, n, size):
-        loss.fill(rows[: n - first], e, size, first, given, losses, terms)
-    if e is not None:
-        kept, order = e.as_strided(kept.shape, kept.stride()), loss.rows.order
-        if n:
-            _rows().normalize(e[:n], loss.rows.label, terms, loss.rows.total)
-    return losses, kept, order, loss.rows.total
+        loss.fill(rows[: n - first], e, size, first, given, made.losses, made.terms, False)
+    order, label, total, _ = loss.rows
+    if e is None:
+        return made._replace(total=total)
+    return made._replace(e=e.as_strided(made.e.shape, made.e.stride()), order=order, label=label, total=total)
 
 
 fused_loss = define(
     "fused_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index, float factor,"
-    " float softcap, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    f" float softcap, bool keep) -> ({', '.join(['Tensor'] * len(Kept._fields))})",
     _loss,
     _loss_fake,
     _loss,
@@ -211,8 +242,10 @@ fused_loss = define(
 
 
 def _backward_fake(
-    dlogits: Tensor,
+    e: Tensor,
+    terms: Tensor,
     order: Tensor,
+    label: Tensor,
     total: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -229,37 +262,41 @@ def _backward_fake(
 
 
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dlogits, order, total, hidden, weight, given, need_dhidden, need_dweight, need_dbias = args
+    e, terms, order, label, total, hidden, weight, given, need_dhidden, need_dweight, need_dbias = args
     dhidden, dweight, dbias = _backward_fake(*args)
-    n, width = hidden.shape
+    (n, width), classes = hidden.shape, weight.shape[0]
     dhidden.zero_()  # rows that do not count
     if n == 0:
         return dhidden, dweight.zero_(), dbias.zero_()
-    one = given.new_ones(1)
-    scale, factor = (given.new_ones(n), given.reshape(1)) if given.numel() == 1 else (given[order], one)
-    e = dlogits[:, : weight.shape[0]]
+    given, weight, ones = given.contiguous(), _aligned(weight), terms.new_ones(max(n, width))
     rows = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    x = None
     if need_dweight:
-        _rows().weighted(hidden, order, total, scale, given.new_ones(width), 0, n, rows)
+        _rows().weighted(hidden, order, total, ones, ones, 0, n, rows)
+    x = None
     if need_dhidden:
         parts = _products().parts(n, width, hidden.device, beside=need_dweight)
-        x = factor.new_empty((parts, _tiled(n), width))
-    if need_dhidden or need_dweight:
-        written = dweight if need_dweight else None
-        _products().gradients(e, _aligned(weight), rows, scale, factor, total, 0, x, written, add=False)
+        x = terms.new_empty((parts, _tiled(n), width))
+    size = max(SLAB_BYTES // (2 * n) // 256 * 256, 256)
+    slab = hidden.new_empty((n, min(size, -(-classes // 8) * 8)))
+    sums = terms.new_zeros(dbias.shape)
+    for column in range(0, classes, size):
+        part = slice(column, column + size)
+        some = slab[:, : classes - column]
+        _rows().dlogits(e, label, order, total, terms, given, column, some)
+        if need_dhidden or need_dweight:
+            to = dweight[part] if need_dweight else None
+            _products().gradients(some, weight[part], rows, ones, total, 0, x, to, add_dhidden=column > 0)
+        if need_dbias:
+            _rows().column_sums(some, total, ones, 0, sums[part])
     if x is not None:
-        _rows().summed(x, order, total, factor, 0, True, dhidden)
-    if need_dbias:
-        sums = given.new_zeros(dbias.shape)
-        _rows().column_sums(e, total, scale * factor, 0, sums)
-        dbias.copy_(sums)
-    return dhidden, dweight, dbias
+        _rows().summed(x, order, total, ones, 0, True, dhidden)
+    return dhidden, dweight, dbias.copy_(sums)
 
 
 fused_loss_backward = define(
-    "fused_loss_backward(Tensor dlogits, Tensor order, Tensor total, Tensor hidden, Tensor weight, Tensor given,"
-    " bool need_dhidden, bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)",
+    "fused_loss_backward(Tensor e, Tensor terms, Tensor order, Tensor label, Tensor total, Tensor hidden,"
+    " Tensor weight, Tensor given, bool need_dhidden, bool need_dweight, bool need_dbias)"
+    " -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
     _backward,
@@ -357,15 +394,15 @@ def _packed(*args: Any) -> Packed:
             x = hidden.new_empty((parts, size, width))
         elif after.shape[0] == size:
             rows = after  # so that dhidden can be written while dweight is made of the rows
-        loss.fill(rows, e, size, first, given, made.losses, terms)
+        loss.fill(rows, e, size, first, given, made.losses, terms, True)
         if need_dweight:
             _rows().weighted(hidden, order, total, scale, columns, first, size, rows)
-        chunk = e, weight, rows, scale, one, total, first
+        chunk = e, weight, rows, scale, total, first
         if x is not None and need_dweight and x.data_ptr() == rows.data_ptr():
-            _products().gradients(*chunk, None, packed, add=first > 0)
-            _products().gradients(*chunk, x, None, add=False)
+            _products().gradients(*chunk, None, packed, add_dweight=first > 0)
+            _products().gradients(*chunk, x, None)
         elif need_dhidden or need_dweight:
-            _products().gradients(*chunk, x, packed, add=first > 0)
+            _products().gradients(*chunk, x, packed, add_dweight=first > 0)
         if parts > 1 and x is not None:
             _rows().summed(x, order, total, one, first, False, own)
         if need_dbias:
@@ -442,10 +479,15 @@ _DWEIGHT = _visible("whole_dweight(Tensor packed, Tensor columns, Tensor sums, T
 def _whole_dhidden(
     part: Tensor, weight: Tensor, target: Tensor, coefficient: Tensor, at: Tensor, scale: Tensor
 ) -> Tensor:
-    """(part[at] + coefficient[at] * weight[target]) * scale, 0 where `at` is negative."""
-    counted, at, label = (at >= 0).unsqueeze(1), at.clamp(min=0), torch.where(at >= 0, target, 0)
+    """(part[at] + coefficient[at] * weight[target]) * scale, 0 where `at` is negative.
+
+    What is looked up hangs on the scale, so that it is looked up in the backward: in the forward it would be kept.
+    """
+    counted = at >= 0
+    wanted = counted & (scale == scale)
+    at, label = torch.where(wanted, at, 0), torch.where(wanted, target, 0)
     x = part[at].float() + coefficient[at].unsqueeze(1) * weight[label].float()
-    return torch.where(counted, x * scale, 0).to(part.dtype)
+    return torch.where(counted.unsqueeze(1), x * scale, 0).to(part.dtype)
 
 
 @torch.library.impl(_DHIDDEN, "CUDA")

@@ -149,17 +149,18 @@ def _reference_row_gradients(
     total: Tensor,
     of_lse: Tensor,
     of_label: Tensor,
-    ignore_index: int,
     how: Transform,
-) -> Tensor:
+    column: int,
+    out: Tensor,
+) -> None:
     """The gradient of rows of logits [n, V], times divisor / scale, from that of their log-sum-exp and of their labels'
-    terms, [n] each."""
-    _, index = _labels(target, ignore_index, logits.shape[1])
+    terms, [n] each: writes the columns from `column` on into `out`."""
+    index = target.clamp(0, logits.shape[1] - 1).unsqueeze(1)
     columns = (x.unsqueeze(1) for x in (most, total))
     z, slope = _transform(logits, how)
     gradient = _gradient(z, slope, *columns, index, of_lse.unsqueeze(1), of_label.unsqueeze(1), how.smoothing)
     gradient[(of_lse == 0) & (of_label == 0)] = 0
-    return gradient.to(logits.dtype)
+    out.copy_(gradient[:, column : column + out.shape[1]])
 
 
 # ---- the other road ------------------------------------------------------------------------------------------------
@@ -280,40 +281,6 @@ linear_cross_entropy_forward = define(
 )
 
 
-def _row_gradients_fake(
-    logits: Tensor,
-    target: Tensor,
-    most: Tensor,
-    total: Tensor,
-    of_lse: Tensor,
-    of_label: Tensor,
-    ignore_index: int,
-    scale: float,
-    divisor: float,
-    softcap: float,
-    wide: bool,
-    smoothing: float,
-) -> Tensor:
-    return torch.empty_like(logits)
-
-
-def _row_gradients_reference(*args: Any) -> Tensor:
-    return _reference_row_gradients(*args[:7], Transform(*args[7:]))
-
-
-def _row_gradients_cuda(*args: Any) -> Tensor:
-    return kernel("cross_entropy", "row_gradients")(*args[:7], Transform(*args[7:]))
-
-
-row_gradients = define(
-    "row_gradients(Tensor logits, Tensor target, Tensor most, Tensor total, Tensor of_lse, Tensor of_label,"
-    " int ignore_index, float scale, float divisor, float softcap, bool wide, float smoothing) -> Tensor",
-    _row_gradients_reference,
-    _row_gradients_fake,
-    _row_gradients_cuda,
-)
-
-
 def _backward_fake(
     dlogits: Tensor,
     hidden: Tensor,
@@ -376,7 +343,72 @@ linear_cross_entropy_backward = define(
     _backward_cuda,
 )
 
-for _op in (linear_cross_entropy_forward, row_gradients, linear_cross_entropy_backward):
+
+def _from_logits_fake(
+    logits: Tensor,
+    target: Tensor,
+    most: Tensor,
+    total: Tensor,
+    of_lse: Tensor,
+    of_label: Tensor,
+    scale: float,
+    divisor: float,
+    softcap: float,
+    wide: bool,
+    smoothing: float,
+    hidden: Tensor,
+    weight: Tensor,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward_fake(logits, hidden, weight, most, need_dhidden, need_dweight, need_dbias)
+
+
+def _from_logits_with(row_gradients: Any, scaled: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients, from the logits that were kept: theirs are made and multiplied some columns at a time."""
+    logits, target, most, total, of_lse, of_label = args[:6]
+    how, (hidden, weight, need_dhidden, need_dweight, need_dbias) = Transform(*args[6:11]), args[11:]
+    dhidden, dweight, dbias = _from_logits_fake(*args)
+    (n, classes), sums = logits.shape, most.dtype
+    scale = most.new_full((), how.scale / how.divisor)
+    whole = dhidden.new_zeros(dhidden.shape, dtype=sums)
+    size = max(4 * SLAB_BYTES // (logits.element_size() * max(n, 1)) // 128 * 128, 128)
+    slab = logits.new_empty((n, min(size, classes)))
+    with torch.autocast(hidden.device.type, enabled=False):
+        for column in range(0, classes, size):
+            part = slice(column, column + size)
+            some = slab[:, : classes - column]
+            row_gradients(logits, target, most, total, of_lse, of_label, how, column, some)
+            if need_dhidden:
+                _product(whole, some, weight[part], add=column > 0)
+            if need_dweight:
+                _scaled_product(scaled, dweight[part], some.t(), hidden, scale)
+            if need_dbias:
+                scaled(some.sum(0, dtype=sums), scale, dbias[part])
+    if need_dhidden:
+        scaled(whole, scale, dhidden)
+    return dhidden, dweight, dbias
+
+
+def _from_logits_reference(*args: Any) -> tuple[Tensor, ...]:
+    return _from_logits_with(_reference_row_gradients, _reference_scaled, *args)
+
+
+def _from_logits_cuda(*args: Any) -> tuple[Tensor, ...]:
+    return _from_logits_with(kernel("cross_entropy", "row_gradients"), kernel("scale", "scaled"), *args)
+
+
+linear_cross_entropy_from_logits = define(
+    "linear_cross_entropy_from_logits(Tensor logits, Tensor target, Tensor most, Tensor total, Tensor of_lse,"
+    " Tensor of_label, float scale, float divisor, float softcap, bool wide, float smoothing, Tensor hidden,"
+    " Tensor weight, bool need_dhidden, bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)",
+    _from_logits_reference,
+    _from_logits_fake,
+    _from_logits_cuda,
+)
+
+for _op in (linear_cross_entropy_forward, linear_cross_entropy_backward, linear_cross_entropy_from_logits):
     once_differentiable(_op)
 
 
@@ -440,17 +472,17 @@ class _Packed(_Way):
 
 
 class _Kept(_Way):
-    """Fused, in one chunk, whose logits' gradients are kept."""
+    """Fused, in one chunk, whose exponentials are kept."""
 
     def forward(self, call: _Call, o: _Operands) -> tuple[Tensor, _Saved]:
-        losses, dlogits, order, total = fused.fused_loss(*o[:4], *call.fused, True)
-        return losses, (o.hidden, o.weight, o.given, dlogits, order, total)
+        losses, *kept = fused.fused_loss(*o[:4], *call.fused, True)
+        return losses, (o.hidden, o.weight, o.given, *kept)
 
     def backward(self, call: _Call, saved: _Saved, scale: Tensor) -> _Gradients:
-        hidden, weight, given, dlogits, order, total = saved
+        hidden, weight, given, *kept = saved
         scale = scale * call.factor
         scale = scale.reshape(-1) if given is None else scale * given
-        return fused.fused_loss_backward(dlogits, order, total, hidden, weight, scale, *call.need)
+        return fused.fused_loss_backward(*kept, hidden, weight, scale, *call.need)
 
 
 class _Again(_Packed):
@@ -504,9 +536,8 @@ class _Logits(_Way):
         scale = scale if given is None else scale * given
         of_label = torch.where(target == call.ignore_index, 0, scale).to(most.dtype)
         of_lse = of_label if of_lse is None else of_label + of_lse
-        dlogits = row_gradients(logits, target, most, total, of_lse, of_label, call.ignore_index, *call.how)
-        factor = scale.new_full((), call.factor)
-        return linear_cross_entropy_backward(dlogits, hidden, weight, factor, *call.need)
+        rows = logits, target, most, total, of_lse, of_label
+        return linear_cross_entropy_from_logits(*rows, *call.how, hidden, weight, *call.need)
 
 
 def _can_fuse(hidden: Tensor, weight: Tensor, smoothing: float) -> bool:
@@ -530,7 +561,7 @@ def _way(call: _Call, hidden: Tensor, weight: Tensor, each: bool, memory: str) -
     if _can_fuse(hidden, weight, call.how.smoothing):
         if each:
             return _Again() if memory == "lean" else _Kept()
-        return _Kept() if known_true(n * classes * itemsize <= call.budget) else _Packed()
+        return _Kept() if known_true(fused.kept_bytes(n, hidden.shape[1], classes) <= call.budget) else _Packed()
     if each:
         return _Logits()
     kept = keep_all(n, hidden.shape[1], classes, itemsize, call.budget, call.need[1])
