@@ -270,6 +270,23 @@ def test_chunks_of_the_issue():
     assert fused.chunk_rows(16384, 2048, 151936, module.BUDGET["balanced"]) == 1920
 
 
+@pytest.mark.parametrize("scale", [0.3, float("nan")])
+def test_wholes_as_compiled_and_at_once(scale):
+    """What a compiler is shown, and the kernels for whoever calls the op itself."""
+    rows, scale = import_module("liger_compile.kernels.loss_rows"), torch.tensor(scale, device=DEVICE)
+    part, weight = (torch.randn(n, 48, device=DEVICE).bfloat16() for n in (6, 9))
+    target, at = torch.tensor([3, -100, 8, 0, 1, 3]), torch.tensor([2, -1, 0, 4, 1, 3])
+    operands = part, weight, target.to(DEVICE), torch.rand(6, device=DEVICE), at.to(DEVICE), scale
+    packed, first = torch.randn(9, 48, device=DEVICE).half(), torch.tensor([-1, 0, 2, -1, 5, 1, 3, -1, -1]).int()
+    of_weight = torch.rand(48, device=DEVICE) + 0.5, torch.randn(6, 48, device=DEVICE), first.to(DEVICE), scale
+    made = torch.full_like(part, 9), torch.full_like(weight, 9)
+    rows.whole_dhidden(*operands, made[0])
+    rows.whole_dweight(packed, *of_weight, made[1])
+    shown = [fused.whole_dhidden(*operands), fused.whole_dweight(packed.view(torch.bfloat16), *of_weight)]
+    for m, s in zip(made, shown, strict=True):
+        torch.testing.assert_close(m, s, rtol=8e-3, atol=1e-6, equal_nan=True)
+
+
 def test_how_many_parts():
     products = import_module("liger_compile.kernels.loss_products")
     for programs in (132, 114):
@@ -325,7 +342,7 @@ def test_peak_memory(memory, most):
         peak = torch.cuda.max_memory_allocated() - before
         taken = sum(g.nbytes for g in gradients)
         del gradients
-    assert peak <= taken + most * 2**30
+    assert taken < peak <= taken + most * 2**30
 
 
 @gpu

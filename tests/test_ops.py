@@ -192,25 +192,6 @@ SAMPLES = {
             {},
         ),
     ],
-    "whole_dhidden": [
-        lambda: (
-            (
-                half(6, 8, grad=False),
-                half(9, 8, grad=False),
-                labels(),
-                torch.rand(6),
-                labels(6, 6).clamp(-1),
-                torch.tensor(0.3),
-            ),
-            {},
-        ),
-    ],
-    "whole_dweight": [
-        lambda: (
-            (half(9, 8, grad=False), torch.rand(8), fixed(6, 8), labels(9, 6).clamp(-1).int(), torch.tensor(0.3)),
-            {},
-        ),
-    ],
 }
 
 

@@ -398,7 +398,7 @@ def _whole_dhidden(
     coefficient = tl.load(coefficient_ptr + q, mask=q >= 0, other=0.0)
     x = tl.load(part_ptr + q * width + k, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight_ptr + label * weight_row + k, mask=inside, other=0.0).to(tl.float32)
-    x = (x + coefficient * w) * tl.load(scale_ptr)
+    x = tl.where(q >= 0, (x + coefficient * w) * tl.load(scale_ptr), 0.0)
     tl.store(out_ptr + r * width + k, x.to(out_ptr.dtype.element_ty), mask=k < width)
 
 

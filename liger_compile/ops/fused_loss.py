@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._library import NAMESPACE, define, once_differentiable
+from ._library import define, once_differentiable
 
 TILE = 128
 """Rows of a chunk are a multiple of this."""
@@ -462,27 +462,22 @@ for _op in (fused_loss, fused_loss_backward, fused_loss_and_gradients, label_sum
     once_differentiable(_op)
 
 
-def _visible(schema: str) -> Any:
-    """Defines an op that compilers see through: its implementation in plain torch is what they trace."""
-    name = f"{NAMESPACE}::{schema.partition('(')[0]}"
-    torch.library.define(name, schema[schema.index("(") :], tags=torch.Tag.pt2_compliant_tag)
-    return name
+def _runs_now(x: Tensor) -> bool:
+    """Whether x has values, on CUDA. A compiler that traces is shown plain torch instead of a kernel: it fuses that."""
+    return type(x) is Tensor and x.is_cuda
 
 
-_DHIDDEN = _visible(
-    "whole_dhidden(Tensor part, Tensor weight, Tensor target, Tensor coefficient, Tensor at, Tensor scale) -> Tensor"
-)
-_DWEIGHT = _visible("whole_dweight(Tensor packed, Tensor columns, Tensor sums, Tensor first, Tensor scale) -> Tensor")
-
-
-@torch.library.impl(_DHIDDEN, "CompositeImplicitAutograd")
-def _whole_dhidden(
+def whole_dhidden(
     part: Tensor, weight: Tensor, target: Tensor, coefficient: Tensor, at: Tensor, scale: Tensor
 ) -> Tensor:
     """(part[at] + coefficient[at] * weight[target]) * scale, 0 where `at` is negative.
 
     What is looked up hangs on the scale, so that it is looked up in the backward: in the forward it would be kept.
     """
+    if _runs_now(part):
+        out = torch.empty_like(part)
+        _rows().whole_dhidden(part, weight, target, coefficient, at, scale, out)
+        return out
     counted = at >= 0
     wanted = counted & (scale == scale)
     at, label = torch.where(wanted, at, 0), torch.where(wanted, target, 0)
@@ -490,35 +485,20 @@ def _whole_dhidden(
     return torch.where(counted.unsqueeze(1), x * scale, 0).to(part.dtype)
 
 
-@torch.library.impl(_DHIDDEN, "CUDA")
-def _whole_dhidden_cuda(part: Tensor, *rest: Tensor) -> Tensor:
-    out = torch.empty_like(part)
-    _rows().whole_dhidden(part, *rest, out)
-    return out
-
-
-@torch.library.impl(_DWEIGHT, "CompositeImplicitAutograd")
-def _whole_dweight(packed: Tensor, columns: Tensor, sums: Tensor, first: Tensor, scale: Tensor) -> Tensor:
+def whole_dweight(packed: Tensor, columns: Tensor, sums: Tensor, first: Tensor, scale: Tensor) -> Tensor:
     """(packed / columns + sums[first], where that is not negative) * scale.
 
     The sign is changed where the scale is NaN, which changes nothing, so that reading the bits hangs on the gradient:
     read in the forward, they would be kept there as float16, and not be written over.
     """
+    if _runs_now(packed):
+        out = torch.empty_like(packed)
+        _rows().whole_dweight(packed.view(torch.float16), columns, sums, first, scale, out)
+        return out
     x = torch.where(scale == scale, packed, -packed).view(torch.float16).float() / columns
     if sums.shape[0]:
         x = x + torch.where((first >= 0).unsqueeze(1), sums[first.clamp(min=0)], 0)
     return (x * scale).to(packed.dtype)
-
-
-@torch.library.impl(_DWEIGHT, "CUDA")
-def _whole_dweight_cuda(packed: Tensor, *rest: Tensor) -> Tensor:
-    out = torch.empty_like(packed)
-    _rows().whole_dweight(packed.view(torch.float16), *rest, out)
-    return out
-
-
-whole_dhidden = torch.ops.liger_compile.whole_dhidden.default
-whole_dweight = torch.ops.liger_compile.whole_dweight.default
 
 
 def gradients(
