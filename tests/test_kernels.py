@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import Accuracy, relative_error
 
-from liger_compile.ops.linear_cross_entropy import Transform
+from liger_compile.ops.chunked_loss import Transform
 
 pytest.importorskip("triton")
 
@@ -323,7 +323,8 @@ def test_cross_entropy_rows_at_size(dtype, vocabulary, peak):
 def test_linear_cross_entropy_at_size(dtype, kept, monkeypatch):
     """The road of other devices, on this one."""
     module = import_module("liger_compile.ops.linear_cross_entropy")
-    monkeypatch.setattr(module, "keep_all", lambda *_: kept)
+    chunked = import_module("liger_compile.ops.chunked_loss")
+    monkeypatch.setattr(chunked, "keep_all", lambda *_: kept)
     monkeypatch.setattr(module, "_can_fuse", lambda *_: False)
     monkeypatch.setitem(module.BUDGET, "balanced", 64 << 20)
     h, w, b = real(dtype, 3000, 512), real(dtype, 32003, 512) * 0.1, real(dtype, 32003)
@@ -339,7 +340,7 @@ def test_linear_cross_entropy_at_size(dtype, kept, monkeypatch):
         return run
 
     # cuBLAS sums float32 products in an order that hangs on the rows at hand, so eager gets as many at a time as ours.
-    chunk = module.chunk_rows(3000, 512, 32003, 4, 64 << 20)
+    chunk = chunked.chunk_rows(3000, 512, 32003, 4, 64 << 20)
     size = chunk if dtype is torch.float32 and not kept else 3000
 
     def eager(h, w, b):

@@ -1,4 +1,4 @@
-"""Cross-entropy of rows of logits, loss and gradient in one kernel. See `ops/linear_cross_entropy.py` for the maths."""
+"""Cross-entropy of rows of logits, loss and gradient in one kernel. See `ops/chunked_loss.py` for the maths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scaling a float32 matrix by a number on the device, rounding once. See `ops/linear_cross_entropy.py` for its use."""
+"""Scaling a float32 matrix by a number on the device, rounding once. See `ops/chunked_loss.py` for its use."""
 
 from __future__ import annotations
 
