@@ -25,9 +25,9 @@ def _module_path(node: fx.Node) -> str:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     if not stack:
         return ""
-    path = stack[-1][0]
+    path = re.sub(r"(\.__dict__\['_modules'\]|\._modules)(?=\[)", "", stack[-1][0])
     path = re.sub(r"^L\[['\"]\w+['\"]\]\.?", "", path).removeprefix("_orig_mod.")
-    return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path.replace("._modules", "")).strip(".")
+    return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path).strip(".")
 
 
 def _source_line(node: fx.Node) -> str:

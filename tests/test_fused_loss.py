@@ -133,6 +133,35 @@ def test_what_each_way_does(way, monkeypatch):
     assert ("fused_loss_and_gradients" in called) == (way["reduction"] == "mean" or way["memory"] == "lean")
 
 
+@pytest.mark.parametrize("small", [True, False])
+def test_small_losses_are_left_to_the_compiler(small, monkeypatch):
+    """With all that the op means, whether class weights, sums, or roundings."""
+    from torch._dynamo.testing import AotEagerAndRecordGraphs
+
+    monkeypatch.setattr(module, "SMALL_BYTES", 140 * 2048 * 2 if small else 0)
+    hidden, weight, bias, target = operands(140, 16, 2048, bias=True)
+    how = {"scale": 0.3, "divisor": 0.5, "softcap": 2.0, "reduction": "sum"}
+
+    def eager(h, w, b):
+        z = torch.tanh(F.linear(h, w, b) * 0.3 / 0.5 / 2.0) * 2.0
+        return F.cross_entropy(z.float(), target, class_weight, reduction="sum")
+
+    class_weight = torch.rand(2048, device=DEVICE)
+    backend = AotEagerAndRecordGraphs()
+
+    def op(h, w, b):
+        return module.linear_cross_entropy(h, w, b, target, class_weight=class_weight, **how)
+
+    given = (hidden, weight, bias)
+    compiled = torch.compile(op, backend=backend, fullgraph=True), torch.compile(eager, backend="aot_eager")
+    ours, theirs = (torch.autograd.grad(f(*given), given) for f in compiled)
+    graph = backend.fw_graphs[0].print_readable(print_output=False)
+    assert ("liger_compile" in graph) is not small
+    assert ("aten.mm" in graph or "aten.addmm" in graph) is small
+    for o, t in zip(ours, theirs, strict=True):
+        assert torch.equal(o, t) if small else relative_error(o, t) < 2e-2
+
+
 def test_peaked_logits(way):
     """The largest logit is far above the sampled ones and the label's: its exponential overflows, and is done again."""
     hidden, weight, _, target = operands(140, 64, 300, spread=4.0)

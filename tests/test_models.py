@@ -116,6 +116,19 @@ def test_frozen_backbone_and_frozen_head():
         assert_same_step(model, torch.compile(model, backend=rewritten()), batch())
 
 
+@pytest.mark.parametrize("adapted", ["q_proj", "lm_head"])
+def test_lora(adapted):
+    """An adapter of the head: its logits are a sum of two products, which is left alone and said; it is trained."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=[adapted], init_lora_weights=False)
+    model, reports = peft.get_peft_model(build("llama", tie_word_embeddings=False), config), []
+    assert_same_step(model, torch.compile(model, backend=rewritten(reports)), batch())
+    (report,) = reports
+    assert report.counts.get("linear_cross_entropy", 0) == (adapted != "lm_head")
+    assert [("linear(...), mul(...)" in m.reason) for m in report.misses] == [True] * (adapted == "lm_head"), report
+    assert "base_model.model.model.layers.0.mlp" in {m.module for m in report.matches}
+
+
 def test_inductor():
     """Through the real backend, found by its name."""
     for family in ("qwen3", "gemma2"):

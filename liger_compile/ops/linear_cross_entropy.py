@@ -200,10 +200,8 @@ def _is_left(hidden: Tensor, weight: Tensor, smoothing: float, memory: str) -> b
     return traced and fits and _can_fuse(hidden, weight, smoothing)
 
 
-def _plain(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, how: Transform, **reduced: Any
-) -> Tensor:
-    """What the op stands for; `reduced` is what F.cross_entropy takes."""
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, how: Transform) -> Tensor:
+    """What the op takes the cross-entropy of, float32, as the model would write it."""
     with torch.autocast(hidden.device.type, enabled=False):
         z = F.linear(hidden, weight, bias)
         z = z.float() if how.wide else z
@@ -213,7 +211,7 @@ def _plain(
             z = z / how.divisor
         if how.softcap > 0:
             z = torch.tanh(z / how.softcap) * how.softcap
-        return F.cross_entropy(z.float(), target, **reduced)
+        return z.float()
 
 
 def _way(call: _Call, hidden: Tensor, weight: Tensor, each: bool, memory: str) -> _Way:
@@ -376,8 +374,9 @@ def _linear_cross_entropy(
             )
     how = Transform(scale, divisor, softcap, wide, label_smoothing)
     if _is_left(hidden, weight, label_smoothing, memory):
-        reduced = {"weight": None if class_weight is None else class_weight.float(), "reduction": reduction}
-        return _plain(hidden, weight, bias, target, how, ignore_index=ignore_index, **reduced)
+        class_weight = None if class_weight is None else class_weight.float()
+        z = _logits(hidden, weight, bias, how)
+        return F.cross_entropy(z, target, class_weight, ignore_index=ignore_index, reduction=reduction)
     given = count = None
     counted = _counted(target, ignore_index, weight.shape[0])
     if class_weight is not None:
