@@ -165,7 +165,12 @@ def inputs(shape: tuple[int, int, int], seed: int) -> Iterator[tuple[str, tuple[
     frequency = 1 / torch.arange(1, classes + 1, device="cuda").double()
     y = torch.multinomial(frequency / frequency.sum(), n, replacement=True)
     common_part = 0.5 * torch.randn(width, device="cuda", dtype=torch.bfloat16)
-    yield "states with a common part, Zipf labels", ((h.detach() + common_part).requires_grad_(), w, y)
+    h = (h.detach() + common_part).requires_grad_()
+    yield "states with a common part, Zipf labels", (h, w, y)
+    known = torch.outer(
+        frequency.log() - frequency.log().mean(), common_part.double() / common_part.double().square().sum()
+    )
+    yield "the same, frequencies known", (h, (w.detach() + known.bfloat16()).requires_grad_(), y)
 
 
 def exact(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

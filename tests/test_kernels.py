@@ -35,8 +35,8 @@ PACKED_BACKWARD = pair("glu", "packed_backward", "_packed_backward_reference")
 ROPE = pair("rope", "forward", "_reference")
 ROPE_PAIR = pair("rope", "pair_forward", "_pair_reference")
 ROPE_PAIR_BACKWARD = pair("rope", "pair_backward", "_pair_backward_reference")
-ROWS = pair("linear_cross_entropy", "rows", "_reference_rows", "cross_entropy")
-ROW_GRADIENTS = pair("linear_cross_entropy", "row_gradients", "_reference_row_gradients", "cross_entropy")
+ROWS = pair("chunked_loss", "rows", "_reference_rows", "cross_entropy")
+ROW_GRADIENTS = pair("chunked_loss", "row_gradients", "_reference_row_gradients", "cross_entropy")
 
 
 @pytest.fixture(autouse=True)
@@ -220,7 +220,7 @@ def test_infinite_logits():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scaled(dtype):
-    scaled, reference = pair("linear_cross_entropy", "scaled", "_reference_scaled", "scale")
+    scaled, reference = pair("chunked_loss", "scaled", "_reference_scaled", "scale")
     x = small(torch.float32, 5, 701)
     scale = torch.tensor(0.37, device=x.device)
 

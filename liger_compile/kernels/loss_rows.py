@@ -10,8 +10,8 @@ For row i, label y, logits z = h W^T (transformed), and a shift c close to the r
 with a_i the gradient of the row's loss and dz the derivative of the transform. Nothing of the size of the logits is
 read or written but E, once by the first product and once by each of the others: the softmax costs no pass of its own.
 E is rounded as the gradient of the logits is in eager. The logits are not rounded, and neither are the labels' terms,
-which are most of the gradient of an untrained model; only a label that is frequent, and whose terms nearly cancel, has
-them in E as well, E_iy = -s_i dz_iy, and what rounding took from them added up.
+which are most of the gradient of an untrained model. In a trained one they nearly cancel with E's share at frequent
+labels, so that rounding sums of that would show: `_frequent` adds it in float32 for the most frequent ones.
 
 Rows whose label is ignored are left out: `order` names those that count, by label, `total` says how many, and every
 kernel takes its share of a chunk's n rows from there, on the device. "The row at q" is the q-th in that order.
@@ -30,8 +30,6 @@ FINISH_ROWS = 16
 """Rows a program of `_finish` takes: enough to read partial sums in lines of 64 bytes, few enough to use all SMs."""
 LARGEST = tl.constexpr(2.0**100)
 """A sum of exponentials above this may have lost terms to overflow, and the row is done again with another shift."""
-FREQUENT = tl.constexpr(8)
-"""A row has its label's term in E if the label is also that of the row so many places before it, or behind it."""
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -136,14 +134,11 @@ def _finish(
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
     STORE: tl.constexpr,
-    PATCH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The loss of each row, to its place among all rows; its `terms`; and with PATCH, E at a frequent label.
-
-    terms [3, all rows], for the row at q: a g, E_iy as it is rounded, a / t.
+    """The loss of each row, to its place among all rows, and its `terms` [2, all rows]: a g and a / t.
 
     Reads the partial sums, 4 bytes for 256 elements of E. Rows whose exponentials have overflowed, because the largest
     logit is above the shift by more than 69, are computed again around their largest logit: slow, and rare.
@@ -194,17 +189,9 @@ def _finish(
         if CAPPED:
             tanh = chosen / (LOG2E * softcap)
             slope = 1.0 - tanh * tanh
-        here = tl.zeros((ROWS,), e_ptr.dtype.element_ty)
-        if PATCH:
-            before = tl.load(label_ptr + q - FREQUENT, mask=live & (q >= FREQUENT), other=-1)
-            behind = tl.load(label_ptr + q + FREQUENT, mask=live & (q + FREQUENT < all_rows), other=-1)
-            frequent = (label >= 0) & (label < classes) & ((label == before) | (label == behind))
-            here = tl.where(frequent, -s * slope, 0.0).to(e_ptr.dtype.element_ty)
-            tl.store(e_ptr + r.to(tl.int64) * e_row + label, here, mask=live & frequent)
         scale = tl.load(given_ptr + i * given_step, mask=live, other=0.0) / t
         tl.store(terms_ptr + q, -s * slope * scale, mask=live)
-        tl.store(terms_ptr + all_rows + q, here.to(tl.float32), mask=live)
-        tl.store(terms_ptr + 2 * all_rows + q, scale, mask=live)
+        tl.store(terms_ptr + all_rows + q, scale, mask=live)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -233,7 +220,7 @@ def _dlogits(
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     given = tl.load(given_ptr + tl.load(order_ptr + q) * given_step)
     e = tl.load(e_ptr + q.to(tl.int64) * e_row + column + v, mask=live & (v < columns), other=0.0).to(tl.float32)
-    e *= given * tl.load(terms_ptr + 2 * all_rows + q, mask=live, other=0.0)
+    e *= given * tl.load(terms_ptr + all_rows + q, mask=live, other=0.0)
     here = given * tl.load(terms_ptr + q, mask=live, other=0.0)
     e = tl.where(live & (column + v == tl.load(label_ptr + q)), here, e)
     tl.store(out_ptr + q.to(tl.int64) * out_row + v, e.to(out_ptr.dtype.element_ty), mask=v < columns)
@@ -247,16 +234,22 @@ def _weighted(
     scale_ptr,
     column_ptr,
     rows_ptr,
+    e_ptr,
+    picked_ptr,
+    out_ptr,
     first,
     n,
     space,
     width,
     hidden_row,
     hidden_col,
+    e_row,
+    PICKED: tl.constexpr,
     BM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The chunk's rows of hidden times a scale of each row, by its place, and one of each column.
+    """The chunk's rows of hidden times a scale of each row, by its place, and one of each column. Also the columns of E
+    that picked [PICKED] names, out [n, PICKED]: zero where it is negative.
 
     Per element: a read of hidden, a write. Rows that fill up the last block of a product are written as zeros.
     """
@@ -272,6 +265,42 @@ def _weighted(
         h = tl.load(hidden_ptr + i * hidden_row + k * hidden_col, mask=(k < width) & live, other=0.0).to(tl.float32)
         h = h * (scale * tl.load(column_ptr + k, mask=k < width, other=0.0))
         tl.store(rows_ptr + r.to(tl.int64) * width + k, h.to(rows_ptr.dtype.element_ty), mask=k < width)
+    if PICKED > 0:
+        j = tl.arange(0, PICKED)
+        column = tl.load(picked_ptr + j)
+        e = tl.load(e_ptr + r.to(tl.int64) * e_row + column, mask=live & (column >= 0), other=0.0)
+        tl.store(out_ptr + r * PICKED + j, e)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _frequent(
+    picked_ptr,
+    rows_ptr,
+    total_ptr,
+    out_ptr,
+    first,
+    n,
+    width,
+    PICKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """out [PICKED, width] += picked^T rows, of the chunk's rows that count.
+
+    Per element of rows: a read, and 2 PICKED operations: 1/1000 of the other products, so that any block will do.
+    """
+    count = share(total_ptr, first, n)
+    j = tl.arange(0, PICKED)
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.zeros((PICKED, BLOCK), tl.float32)
+    for start in range(0, count, BK):
+        r = start + tl.arange(0, BK)
+        e = tl.load(picked_ptr + r[None, :] * PICKED + j[:, None], mask=r[None, :] < count, other=0.0)
+        at = rows_ptr + r.to(tl.int64)[:, None] * width + k[None, :]
+        h = tl.load(at, mask=(r[:, None] < count) & (k[None, :] < width), other=0.0)
+        x = tl.dot(e, h, x)
+    at = out_ptr + j[:, None] * width + k[None, :]
+    tl.store(at, tl.load(at, mask=k[None, :] < width, other=0.0) + x, mask=k[None, :] < width)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -332,18 +361,19 @@ def _label_sums(
     total_ptr,
     terms_ptr,
     column_ptr,
+    slot_ptr,
+    frequent_ptr,
     out_ptr,
-    all_rows,
     width,
     hidden_row,
     hidden_col,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """For each label, what its rows add to dweight beyond E^T rows: at the first of them, of out [all rows, width],
-    which is zero elsewhere.
+    """For each label, what dweight has beyond what was packed: the sum of a g h; a frequent one's share of E^T rows.
 
-    The sum of a g h, less what E has of it at frequent labels, as it was rounded there. Always in the same order.
+    It is at the label's first row of out [all rows, width], which is zero elsewhere. Always added in the same order.
+
     Per element of hidden: a read and a write.
     """
     q = tl.program_id(0)
@@ -354,7 +384,10 @@ def _label_sums(
     if (q >= total) | (tl.load(label_ptr + q - 1, mask=q > 0, other=-1) == label):
         tl.store(out_ptr + q.to(tl.int64) * width + k, sums, mask=k < width)
         return
-    column = tl.load(column_ptr + k, mask=k < width, other=1.0)
+    slot = tl.load(slot_ptr + q)
+    if slot >= 0:
+        sums += tl.load(frequent_ptr + slot * width + k, mask=k < width, other=0.0)
+        sums /= tl.load(column_ptr + k, mask=k < width, other=1.0)
     start = q
     while tl.load(label_ptr + start, mask=start < total, other=-1) == label:
         at = start + tl.arange(0, ROWS)
@@ -362,13 +395,9 @@ def _label_sums(
         live = live & (tl.load(label_ptr + at, mask=live, other=-1) == label)
         i = tl.load(order_ptr + at, mask=live, other=0)
         g = tl.load(terms_ptr + at, mask=live, other=0.0)
-        here = tl.load(terms_ptr + all_rows + at, mask=live, other=0.0)
-        scale = tl.load(terms_ptr + 2 * all_rows + at, mask=live, other=0.0)
         mask = live[:, None] & (k < width)[None, :]
         h = tl.load(hidden_ptr + i[:, None] * hidden_row + k[None, :] * hidden_col, mask=mask, other=0.0)
-        wide = h.to(tl.float32)
-        rounded = (wide * (scale[:, None] * column[None, :])).to(h.dtype).to(tl.float32) / column[None, :]
-        sums += tl.sum(g[:, None] * wide - here[:, None] * rounded, 0)
+        sums += tl.sum(g[:, None] * h.to(tl.float32), 0)
         start += ROWS
     tl.store(out_ptr + q.to(tl.int64) * width + k, sums, mask=k < width)
 
@@ -464,7 +493,6 @@ def finish(
     e: Tensor | None,
     losses: Tensor,
     terms: Tensor,
-    patch: bool,
 ) -> None:
     """See `_finish`. `given` is the gradient of each row's loss, or one of all."""
     classes, width = weight.shape
@@ -477,7 +505,6 @@ def finish(
         BIASED=bias is not None,
         CAPPED=softcap > 0,
         STORE=e is not None,
-        PATCH=patch,
         ROWS=FINISH_ROWS,
         BLOCK=64,
         BK=64,
@@ -500,14 +527,36 @@ def dlogits(
 
 
 def weighted(
-    hidden: Tensor, order: Tensor, total: Tensor, scale: Tensor, columns: Tensor, first: int, n: int, rows: Tensor
-) -> None:
-    """See `_weighted`: fills `rows`."""
+    hidden: Tensor,
+    order: Tensor,
+    total: Tensor,
+    scale: Tensor,
+    columns: Tensor,
+    first: int,
+    n: int,
+    rows: Tensor,
+    e: Tensor | None = None,
+    picked: Tensor | None = None,
+) -> Tensor | None:
+    """See `_weighted`: fills `rows`. Returns the columns of E that `picked` (int32, a power of two of them) names."""
     width = hidden.shape[1]
+    out = None if picked is None else rows.new_empty((n, picked.shape[0]))
+    pick = (rows, rows, rows) if picked is None else (e, picked, out)
     _weighted[(rows.shape[0],)](
-        *(hidden, order, total, scale, columns, rows, first, n, rows.shape[0], width, *hidden.stride()),
+        *(hidden, order, total, scale, columns, rows, *pick),
+        *(first, n, rows.shape[0], width, *hidden.stride(), 0 if e is None else e.stride(0)),
+        PICKED=0 if picked is None else picked.shape[0],
         BM=BLOCK_M,
         **_row_block(width),
+    )
+    return out
+
+
+def frequent(picked: Tensor, rows: Tensor, total: Tensor, first: int, out: Tensor) -> None:
+    """See `_frequent`."""
+    (n, many), width = picked.shape, rows.shape[1]
+    _frequent[(triton.cdiv(width, 64),)](
+        picked, rows, total, out, first, n, width, PICKED=many, BLOCK=64, BK=64, num_warps=4
     )
 
 
@@ -528,14 +577,23 @@ def column_sums(e: Tensor, total: Tensor, scale: Tensor, first: int, out: Tensor
     )
 
 
-def label_sums(hidden: Tensor, label: Tensor, order: Tensor, total: Tensor, terms: Tensor, columns: Tensor) -> Tensor:
-    """See `_label_sums`: float32 [all rows, width]."""
+def label_sums(
+    hidden: Tensor,
+    label: Tensor,
+    order: Tensor,
+    total: Tensor,
+    terms: Tensor,
+    columns: Tensor,
+    slot: Tensor,
+    frequent: Tensor,
+) -> Tensor:
+    """See `_label_sums`: float32 [all rows, width]. `slot` [all rows] is the label's row of `frequent`, or -1."""
     n, width = hidden.shape
     out = hidden.new_empty((n, width), dtype=torch.float32)
     block = min(triton.next_power_of_2(width), 2048)
     if n:
         _label_sums[(n, triton.cdiv(width, block))](
-            *(hidden, label, order, total, terms, columns, out, n, width, *hidden.stride()),
+            *(hidden, label, order, total, terms, columns, slot, frequent, out, width, *hidden.stride()),
             ROWS=4,
             BLOCK=block,
             num_warps=8,

@@ -6,10 +6,10 @@ not, `fused_loss_and_gradients` goes through the rows in chunks and makes the gr
 are known. What these still lack are the labels' terms: `whole_dhidden` and `whole_dweight` add them in the backward,
 and multiply with the gradient of the loss, in float32, and round once.
 
-Until then dweight is packed: float16 with a scale for each column, so that sums over chunks are rounded to 11 bits. A
-column's scale keeps it from overflow: no logit's gradient is larger than its row's weight, so no sum is larger than the
-column's weighted sum of magnitudes in hidden. It passes for bfloat16, the dtype of the result: Inductor then writes
-that over it.
+Until then dweight is packed: float16 with a scale for each column, so that sums over chunks are rounded to 11 bits, but
+for the rows of the most frequent labels, which are added in float32. A column's scale keeps it from overflow: no
+logit's gradient is larger than its row's weight, so no sum is larger than the column's weighted sum of magnitudes in
+hidden. It passes for bfloat16, the dtype of the result: Inductor then writes that over it.
 
 There is no reference: on other devices `linear_cross_entropy` takes its other road. These ops run interpreted there.
 """
@@ -20,6 +20,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._library import define, once_differentiable
@@ -34,6 +35,8 @@ FEW = 66
 """Blocks of dhidden, 128 x 256, with which half of an H100's multiprocessors are busy."""
 SLAB_BYTES = 128 << 20
 """Of the logits' gradients, where the backward makes them."""
+FREQUENT = 128
+"""Labels whose rows of dweight are added in float32."""
 LARGEST = 32768.0
 """Packed values are at most this, half of float16's range."""
 
@@ -94,6 +97,21 @@ class _Order(NamedTuple):
         found = torch.full((classes + 1,), -1, dtype=torch.int32, device=self.label.device)
         return found.scatter_(0, torch.where(starts & (self.label >= 0), self.label, classes).long(), places)[:classes]
 
+    def frequent(self) -> tuple[Tensor, Tensor]:
+        """(int32 [FREQUENT]: the most frequent labels, -1 if there are fewer; int32 [N]: at the place of the first row
+        of each, where it is among them; -1 elsewhere)."""
+        n = self.label.shape[0]
+        ascending = torch.where(self.label < 0, torch.iinfo(torch.int32).max, self.label)
+        places = torch.arange(n, device=ascending.device)
+        starts = (ascending.diff(prepend=ascending.new_full((1,), -1)) != 0) & (self.label >= 0)
+        rows = torch.where(starts, torch.searchsorted(ascending, ascending, right=True) - places, 0)
+        keys = (rows * n + places).topk(min(FREQUENT, n)).values  # no two are equal: the same ones every run
+        at = torch.where(keys >= n, keys % n, n)
+        labels = F.pad(self.label, (0, 1), value=-1)[at]
+        slot = torch.full((n + 1,), -1, dtype=torch.int32, device=ascending.device)
+        slot[at] = torch.arange(at.shape[0], dtype=torch.int32, device=ascending.device)
+        return F.pad(labels, (0, FREQUENT - at.shape[0]), value=-1), slot[:n]
+
 
 def _guess(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The largest of a sample of each row's logits, float32 [N]."""
@@ -135,7 +153,6 @@ class _Loss(NamedTuple):
         given: Tensor,
         losses: Tensor,
         terms: Tensor,
-        patch: bool,
     ) -> None:
         """E, losses and terms of the n rows from the place `first` on; `rows` is overwritten with them."""
         hidden, weight, bias, (order, label, total, _), guess, factor, softcap = self
@@ -145,7 +162,7 @@ class _Loss(NamedTuple):
         sums = _products().exponentials(rows, weight, bias, label, shift, total, first, n, factor, softcap, e)
         _rows().finish(
             *(rows, weight, bias, label, order, total, chosen, shift, sums, given),
-            *(factor, softcap, first, e, losses, terms, patch),
+            *(factor, softcap, first, e, losses, terms),
         )
 
 
@@ -178,7 +195,7 @@ class Kept(NamedTuple):
     e: Tensor
     """[N, classes rounded up to 8], by place; rows that do not count are not written."""
     terms: Tensor
-    """float32 [3, N], by place; see `kernels.loss_rows._finish`."""
+    """float32 [2, N], by place; see `kernels.loss_rows._finish`."""
     order: Tensor
     label: Tensor
     total: Tensor
@@ -204,7 +221,7 @@ def _loss_fake(
     return Kept(
         losses=hidden.new_empty(hidden.shape[0], dtype=torch.float32),
         e=hidden.new_empty((n, -(-weight.shape[0] // 8) * 8)),
-        terms=hidden.new_empty((3, n), dtype=torch.float32),
+        terms=hidden.new_empty((2, n), dtype=torch.float32),
         order=target.new_empty(n),
         label=target.new_empty(n, dtype=torch.int32),
         total=target.new_empty((), dtype=torch.int32),
@@ -222,7 +239,7 @@ def _loss(*args: Any) -> Kept:
     e = _exponentials_of(size, loss.weight) if keep else None
     rows, given = loss.hidden.new_empty((min(size, n), loss.hidden.shape[1])), made.losses.new_ones(1)
     for first in range(0, n, size):
-        loss.fill(rows[: n - first], e, size, first, given, made.losses, made.terms, False)
+        loss.fill(rows[: n - first], e, size, first, given, made.losses, made.terms)
     order, label, total, _ = loss.rows
     if e is None:
         return made._replace(total=total)
@@ -328,7 +345,11 @@ class Packed(NamedTuple):
     total: Tensor
     """As in `_Order`."""
     terms: Tensor
-    """float32 [3, N], by place; see `kernels.loss_rows._finish`."""
+    """float32 [2, N], by place; see `kernels.loss_rows._finish`."""
+    frequent: Tensor
+    """float32 [FREQUENT, width]: rows of dweight that are not packed, those of the most frequent labels."""
+    slot: Tensor
+    """int32 [N]: at the place of the first row of such a label, its row of `frequent`; -1 elsewhere."""
     dbias: Tensor
     """float32 [classes], whole."""
 
@@ -362,7 +383,9 @@ def _packed_fake(
         order=target.new_empty(n_if_dweight),
         label=integers.new_empty(n_if_dweight),
         total=integers.new_empty(()),
-        terms=floats.new_empty((3, n_if_dweight)),
+        terms=floats.new_empty((2, n_if_dweight)),
+        frequent=floats.new_empty((FREQUENT if need_dweight else 0, width)),
+        slot=integers.new_empty(n_if_dweight),
         dbias=floats.new_empty(classes if need_dbias else 0),
     )
 
@@ -371,8 +394,8 @@ def _packed(*args: Any) -> Packed:
     *operands, given, need_dhidden, need_dweight, need_dbias, budget = args
     given = given.contiguous()  # an expanded number, where the losses were summed
     made = _packed_fake(*args)
-    made.losses.zero_()
-    made.dbias.zero_()
+    for sums in (made.losses, made.dbias, made.frequent):
+        sums.zero_()
     loss = _loss_of(*operands)
     hidden, weight, (order, label, total, at) = loss.hidden, loss.weight, loss.rows
     n, width = hidden.shape
@@ -380,8 +403,9 @@ def _packed(*args: Any) -> Packed:
         made.first.fill_(-1)
         return made._replace(dweight=made.dweight.zero_(), columns=made.columns.fill_(1), total=total)
     columns = _column_scales(hidden, given) if need_dweight else made.columns
-    terms, one = made.losses.new_zeros((3, n)), given.new_ones(1)
-    scale = terms[2]
+    frequent, slot = loss.rows.frequent() if need_dweight else (None, made.slot)
+    terms, one = made.losses.new_zeros((2, n)), given.new_ones(1)
+    scale = terms[1]
     size, e = _allocated(chunk_rows(n, width, weight.shape[0], budget), weight)
     packed = made.dweight.view(torch.float16) if need_dweight else None
     parts = _products().parts(min(n, size), width, hidden.device, beside=need_dweight)
@@ -394,9 +418,10 @@ def _packed(*args: Any) -> Packed:
             x = hidden.new_empty((parts, size, width))
         elif after.shape[0] == size:
             rows = after  # so that dhidden can be written while dweight is made of the rows
-        loss.fill(rows, e, size, first, given, made.losses, terms, True)
+        loss.fill(rows, e, size, first, given, made.losses, terms)
         if need_dweight:
-            _rows().weighted(hidden, order, total, scale, columns, first, size, rows)
+            picked = _rows().weighted(hidden, order, total, scale, columns, first, size, rows, e, frequent)
+            _rows().frequent(picked, rows, total, first, made.frequent)
         chunk = e, weight, rows, scale, total, first
         if x is not None and need_dweight and x.data_ptr() == rows.data_ptr():
             _products().gradients(*chunk, None, packed, add_dweight=first > 0)
@@ -408,14 +433,15 @@ def _packed(*args: Any) -> Packed:
         if need_dbias:
             _rows().column_sums(e, total, scale, first, made.dbias)
     counted = torch.arange(n, device=total.device) < total
-    rest = torch.where(counted, terms[0] - terms[1] * terms[2], 0)
+    of_label = torch.where(counted, terms[0], 0)
     if need_dbias:
-        made.dbias.index_add_(0, label.clamp(min=0).long(), rest)
+        made.dbias.index_put_((label.clamp(min=0).long(),), of_label, accumulate=True)
     if need_dhidden:
-        made = made._replace(coefficient=rest, at=at)
+        made = made._replace(coefficient=of_label, at=at)
     if need_dweight:
+        packed.index_fill_(0, torch.where(frequent < 0, frequent[0].clamp(min=0), frequent).long(), 0)
         first = loss.rows.first_of(weight.shape[0])
-        made = made._replace(columns=columns, first=first, order=order, label=label, terms=terms)
+        made = made._replace(columns=columns, first=first, order=order, label=label, terms=terms, slot=slot)
     return made._replace(total=total)
 
 
@@ -443,7 +469,7 @@ fused_loss_and_gradients = define(
 # ---- packed gradients made whole -----------------------------------------------------------------------------------
 
 
-def _sums_fake(hidden: Tensor, label: Tensor, order: Tensor, total: Tensor, terms: Tensor, columns: Tensor) -> Tensor:
+def _sums_fake(hidden: Tensor, *_: Tensor) -> Tensor:
     return hidden.new_empty(hidden.shape, dtype=torch.float32)
 
 
@@ -452,7 +478,8 @@ def _sums(*args: Any) -> Tensor:
 
 
 label_sums = define(
-    "label_sums(Tensor hidden, Tensor label, Tensor order, Tensor total, Tensor terms, Tensor columns) -> Tensor",
+    "label_sums(Tensor hidden, Tensor label, Tensor order, Tensor total, Tensor terms, Tensor columns, Tensor slot,"
+    " Tensor frequent) -> Tensor",
     _sums,
     _sums_fake,
     _sums,
@@ -510,7 +537,8 @@ def gradients(
     if need_dhidden:
         dhidden = whole_dhidden(made.dhidden, weight, target, made.coefficient, made.at, dloss)
     if need_dweight:
-        sums = label_sums(hidden, made.label, made.order, made.total, made.terms, made.columns)
+        of_labels = made.label, made.order, made.total, made.terms, made.columns, made.slot, made.frequent
+        sums = label_sums(hidden, *of_labels)
         dweight = whole_dweight(made.dweight, made.columns, sums, made.first, dloss)
     if need_dbias:
         dbias = (made.dbias * dloss).to(hidden.dtype)
