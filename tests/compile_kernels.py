@@ -15,7 +15,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 KERNELS = {
     *("_forward", "_backward", "_total", "_rope", "_rows", "_row_gradients", "_scaled", "_gather", "_exponentials"),
     *("_finish", "_dlogits", "_weighted", "_gradients", "_summed", "_column_sums", "_label_sums"),
-    *("_whole_dhidden", "_whole_dweight", "_frequent"),
+    *("_whole_dhidden", "_whole_dweight", "_columns", "_add_product"),
 }
 """Those that must have been compiled."""
 

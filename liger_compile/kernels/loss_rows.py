@@ -11,7 +11,7 @@ with a_i the gradient of the row's loss and dz the derivative of the transform. 
 read or written but E, once by the first product and once by each of the others: the softmax costs no pass of its own.
 E is rounded as the gradient of the logits is in eager. The logits are not rounded, and neither are the labels' terms,
 which are most of the gradient of an untrained model. In a trained one they nearly cancel with E's share at frequent
-labels, so that rounding sums of that would show: `_frequent` adds it in float32 for the most frequent ones.
+labels, so that rounding sums of that would show: `_add_product` adds it in float32 for the most frequent ones.
 
 Rows whose label is ignored are left out: `order` names those that count, by label, `total` says how many, and every
 kernel takes its share of a chunk's n rows from there, on the device. "The row at q" is the q-th in that order.
@@ -234,22 +234,16 @@ def _weighted(
     scale_ptr,
     column_ptr,
     rows_ptr,
-    e_ptr,
-    picked_ptr,
-    out_ptr,
     first,
     n,
     space,
     width,
     hidden_row,
     hidden_col,
-    e_row,
-    PICKED: tl.constexpr,
     BM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The chunk's rows of hidden times a scale of each row, by its place, and one of each column. Also the columns of E
-    that picked [PICKED] names, out [n, PICKED]: zero where it is negative.
+    """The chunk's rows of hidden times a scale of each row, by its place, and one of each column.
 
     Per element: a read of hidden, a write. Rows that fill up the last block of a product are written as zeros.
     """
@@ -265,37 +259,46 @@ def _weighted(
         h = tl.load(hidden_ptr + i * hidden_row + k * hidden_col, mask=(k < width) & live, other=0.0).to(tl.float32)
         h = h * (scale * tl.load(column_ptr + k, mask=k < width, other=0.0))
         tl.store(rows_ptr + r.to(tl.int64) * width + k, h.to(rows_ptr.dtype.element_ty), mask=k < width)
-    if PICKED > 0:
-        j = tl.arange(0, PICKED)
-        column = tl.load(picked_ptr + j)
-        e = tl.load(e_ptr + r.to(tl.int64) * e_row + column, mask=live & (column >= 0), other=0.0)
-        tl.store(out_ptr + r * PICKED + j, e)
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _frequent(
-    picked_ptr,
+def _columns(e_ptr, column_ptr, total_ptr, out_ptr, first, n, e_row, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Columns of E, out [n, COLUMNS]; zero where the column is negative, and in rows that do not count.
+
+    Per element: a read of 32 bytes, a write.
+    """
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    j = tl.arange(0, COLUMNS)
+    column = tl.load(column_ptr + j)[None, :]
+    mask = (r < share(total_ptr, first, n))[:, None] & (column >= 0)
+    e = tl.load(e_ptr + r.to(tl.int64)[:, None] * e_row + column, mask=mask, other=0.0)
+    tl.store(out_ptr + r[:, None] * COLUMNS + j[None, :], e, mask=(r < n)[:, None])
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _add_product(
+    e_ptr,
     rows_ptr,
     total_ptr,
     out_ptr,
     first,
     n,
     width,
-    PICKED: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """out [PICKED, width] += picked^T rows, of the chunk's rows that count.
+    """out [COLUMNS, width] += e^T rows, of the chunk's rows that count; e [n, COLUMNS].
 
-    Per element of rows: a read, and 2 PICKED operations: 1/1000 of the other products, so that any block will do.
+    Per element of rows: a read, and 2 COLUMNS operations: 1/1000 of the other products, so that any block will do.
     """
     count = share(total_ptr, first, n)
-    j = tl.arange(0, PICKED)
+    j = tl.arange(0, COLUMNS)
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.zeros((PICKED, BLOCK), tl.float32)
+    x = tl.zeros((COLUMNS, BLOCK), tl.float32)
     for start in range(0, count, BK):
         r = start + tl.arange(0, BK)
-        e = tl.load(picked_ptr + r[None, :] * PICKED + j[:, None], mask=r[None, :] < count, other=0.0)
+        e = tl.load(e_ptr + r[None, :] * COLUMNS + j[:, None], mask=r[None, :] < count, other=0.0)
         at = rows_ptr + r.to(tl.int64)[:, None] * width + k[None, :]
         h = tl.load(at, mask=(r[:, None] < count) & (k[None, :] < width), other=0.0)
         x = tl.dot(e, h, x)
@@ -527,36 +530,24 @@ def dlogits(
 
 
 def weighted(
-    hidden: Tensor,
-    order: Tensor,
-    total: Tensor,
-    scale: Tensor,
-    columns: Tensor,
-    first: int,
-    n: int,
-    rows: Tensor,
-    e: Tensor | None = None,
-    picked: Tensor | None = None,
-) -> Tensor | None:
-    """See `_weighted`: fills `rows`. Returns the columns of E that `picked` (int32, a power of two of them) names."""
+    hidden: Tensor, order: Tensor, total: Tensor, scale: Tensor, columns: Tensor, first: int, n: int, rows: Tensor
+) -> None:
+    """See `_weighted`: fills `rows`."""
     width = hidden.shape[1]
-    out = None if picked is None else rows.new_empty((n, picked.shape[0]))
-    pick = (rows, rows, rows) if picked is None else (e, picked, out)
     _weighted[(rows.shape[0],)](
-        *(hidden, order, total, scale, columns, rows, *pick),
-        *(first, n, rows.shape[0], width, *hidden.stride(), 0 if e is None else e.stride(0)),
-        PICKED=0 if picked is None else picked.shape[0],
+        *(hidden, order, total, scale, columns, rows, first, n, rows.shape[0], width, *hidden.stride()),
         BM=BLOCK_M,
         **_row_block(width),
     )
-    return out
 
 
-def frequent(picked: Tensor, rows: Tensor, total: Tensor, first: int, out: Tensor) -> None:
-    """See `_frequent`."""
-    (n, many), width = picked.shape, rows.shape[1]
-    _frequent[(triton.cdiv(width, 64),)](
-        picked, rows, total, out, first, n, width, PICKED=many, BLOCK=64, BK=64, num_warps=4
+def add_columns(e: Tensor, columns: Tensor, rows: Tensor, total: Tensor, first: int, out: Tensor) -> None:
+    """out [columns, width] += the columns of E, transposed, times rows. `columns`: int32, a power of two of them."""
+    (n, width), many = rows.shape, columns.shape[0]
+    some = rows.new_empty((n, many))
+    _columns[(triton.cdiv(n, 32),)](e, columns, total, some, first, n, e.stride(0), COLUMNS=many, ROWS=32, num_warps=4)
+    _add_product[(triton.cdiv(width, 64),)](
+        some, rows, total, out, first, n, width, COLUMNS=many, BLOCK=64, BK=64, num_warps=4
     )
 
 

@@ -1,9 +1,9 @@
 """Linear + cross-entropy in bfloat16 on Hopper: the ops behind `linear_cross_entropy` there.
 
-`kernels/loss_rows.py` has the formulas. Where all rows fit in one chunk, `fused_loss` keeps their exponentials, and
-`fused_loss_backward` makes the logits' gradients of them, some columns at a time, and multiplies them. Where they do
-not, `fused_loss_and_gradients` goes through the rows in chunks and makes the gradients at once, for row weights that
-are known. What these still lack are the labels' terms: `whole_dhidden` and `whole_dweight` add them in the backward,
+`kernels/loss_rows.py` has the formulas. `fused_loss_and_gradients` goes through the rows in chunks and makes the
+gradients at once, for row weights that are known. Where they are not, `fused_loss` keeps the exponentials of all rows,
+and `fused_loss_backward` makes the logits' gradients of them, some columns at a time, and multiplies them. What packed
+gradients still lack are the labels' terms: `whole_dhidden` and `whole_dweight` add them in the backward,
 and multiply with the gradient of the loss, in float32, and round once.
 
 Until then dweight is packed: float16 with a scale for each column, so that sums over chunks are rounded to 11 bits, but
@@ -35,7 +35,7 @@ FEW = 66
 """Blocks of dhidden, 128 x 256, with which half of an H100's multiprocessors are busy."""
 SLAB_BYTES = 128 << 20
 """Of the logits' gradients, where the backward makes them."""
-FREQUENT = 128
+FREQUENT = 64
 """Labels whose rows of dweight are added in float32."""
 LARGEST = 32768.0
 """Packed values are at most this, half of float16's range."""
@@ -200,11 +200,6 @@ class Kept(NamedTuple):
     label: Tensor
     total: Tensor
     """As in `_Order`."""
-
-
-def kept_bytes(n: int, width: int, classes: int) -> int:
-    """What the kept exponentials of n rows take, and their backward besides its results."""
-    return n * classes * 2 + SLAB_BYTES + n * width * 6
 
 
 def _loss_fake(
@@ -420,8 +415,8 @@ def _packed(*args: Any) -> Packed:
             rows = after  # so that dhidden can be written while dweight is made of the rows
         loss.fill(rows, e, size, first, given, made.losses, terms)
         if need_dweight:
-            picked = _rows().weighted(hidden, order, total, scale, columns, first, size, rows, e, frequent)
-            _rows().frequent(picked, rows, total, first, made.frequent)
+            _rows().weighted(hidden, order, total, scale, columns, first, size, rows)
+            _rows().add_columns(e, frequent, rows, total, first, made.frequent)
         chunk = e, weight, rows, scale, total, first
         if x is not None and need_dweight and x.data_ptr() == rows.data_ptr():
             _products().gradients(*chunk, None, packed, add_dweight=first > 0)

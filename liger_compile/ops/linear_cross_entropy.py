@@ -105,7 +105,7 @@ class _Packed(_Way):
 
 
 class _Kept(_Way):
-    """Fused, in one chunk, whose exponentials are kept."""
+    """Fused, where each row's loss has a gradient of its own: the exponentials of all rows are kept."""
 
     def forward(self, call: _Call, o: _Operands) -> tuple[Tensor, _Saved]:
         losses, *kept = fused.fused_loss(*o[:4], *call.fused, True)
@@ -113,13 +113,12 @@ class _Kept(_Way):
 
     def backward(self, call: _Call, saved: _Saved, scale: Tensor) -> _Gradients:
         hidden, weight, given, *kept = saved
-        scale = scale * call.factor
-        scale = scale.reshape(-1) if given is None else scale * given
+        scale = scale * call.factor if given is None else scale * given * call.factor
         return fused.fused_loss_backward(*kept, hidden, weight, scale, *call.need)
 
 
 class _Again(_Packed):
-    """Fused, where each row's loss has a gradient of its own: the logits are computed again when that is known."""
+    """Fused, where each row's loss has a gradient of its own: the logits are computed again when it is known."""
 
     def forward(self, call: _Call, o: _Operands) -> tuple[Tensor, _Saved]:
         losses, *_ = fused.fused_loss(*o[:4], *call.fused, False)
@@ -218,9 +217,7 @@ def _way(call: _Call, hidden: Tensor, weight: Tensor, each: bool, memory: str) -
     """The way to take; `each` says that each row's loss gets a gradient of its own."""
     n, classes, itemsize = hidden.shape[0], weight.shape[0], hidden.element_size()
     if _can_fuse(hidden, weight, call.how.smoothing):
-        if each:
-            return _Again() if memory == "lean" else _Kept()
-        return _Kept() if known_true(fused.kept_bytes(n, hidden.shape[1], classes) <= call.budget) else _Packed()
+        return (_Again() if memory == "lean" else _Kept()) if each else _Packed()
     if each:
         return _Logits()
     kept = chunked.keep_all(n, hidden.shape[1], classes, itemsize, call.budget, call.need[1])
