@@ -18,7 +18,7 @@ test-gpu: $(if $(filter $(VENV)/%,$(PY)),$(VENV)/ready)
 	$(PY) -m pytest -m gpu
 
 bench: $(if $(filter $(VENV)/%,$(PY)),$(VENV)/ready)
-	$(PY) -m bench.ops && $(PY) -m bench.loss && $(PY) -m bench.compile_time && $(PY) -m bench.models
+	$(PY) -m bench.ops && $(PY) -m bench.loss && $(PY) -m bench.compile_time && $(PY) -m bench.models && $(PY) -m bench.longest
 
 lint: $(VENV)/ready
 	$(PY) -m ruff check .

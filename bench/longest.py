@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=2048)
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
+    title = f"Llama-3.2-1B shape, one row: the longest sequence that fits, in steps of {arguments.step} tokens"
     rows = []
     for name, build in contenders(CONFIG, ["model"]).items():
         torch._dynamo.reset()
@@ -95,8 +96,7 @@ def main() -> None:
         print(name, flush=True)
         rows.append({"contender": name} | longest(model, call, arguments.step))
         del model, call
-    title = f"Llama-3.2-1B shape, one row: the longest sequence that fits, in steps of {arguments.step} tokens"
-    path = common.save("longest", {"title": title, "rows": rows}, arguments.out)
+        path = common.save("longest", {"title": title, "rows": rows}, arguments.out)
     print(f"\n{title}\n\n{common.table(rows)}\n\n{path}")
 
 
