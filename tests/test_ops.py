@@ -149,7 +149,8 @@ SAMPLES = {
     ],
     "fused_loss": [
         lambda: ((*head(grad=False), labels(), -100, 0.5, 3.0, True), {}),
-        lambda: ((*head(0, grad=False), labels(0), -100, 1.0, 0.0, False), {}),
+        lambda: ((*head(grad=False), labels(), -100, 1.0, 0.0, False), {}),
+        lambda: ((*head(0, grad=False), labels(0), -100, 1.0, 0.0, True), {}),
     ],
     "fused_loss_backward": [
         lambda: (
@@ -170,6 +171,10 @@ SAMPLES = {
         lambda: ((*head(grad=False), torch.randint(16, (6,)), -100, 0.5, 3.0, torch.ones(1), True, True, True, 1), {}),
         lambda: (
             (*head(grad=False), torch.randint(16, (6,)), -100, 1.0, 0.0, torch.rand(6), False, True, False, 1),
+            {},
+        ),
+        lambda: (
+            (*head(grad=False), torch.randint(16, (6,)), -100, 1.0, 0.0, torch.ones(1), True, False, False, 1),
             {},
         ),
         lambda: ((*head(0, grad=False), labels(0), -100, 1.0, 0.0, torch.ones(1), True, True, True, 1), {}),

@@ -187,10 +187,8 @@ def rows(
     how: tuple[float, float, float, bool, float],
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row of logits [n, V], in float32: its loss, its largest z, its sum of exp(z - largest).
+    """See `ops.chunked_loss._reference_rows`. With `gradient`, largest and sum are not written.
 
-    With `gradient` the logits become their own gradient, times `given` [n] and divisor / scale; the other two are then
-    not written.
     `how` is (scale, divisor, softcap, wide, smoothing), the transform between the linear layer and the loss.
     """
     n, vocabulary = logits.shape
@@ -224,8 +222,7 @@ def row_gradients(
     column: int,
     out: Tensor,
 ) -> None:
-    """The gradient of rows of logits [n, V], times divisor / scale, from that of their log-sum-exp and of their labels'
-    terms, [n] each: writes the columns from `column` on into `out`."""
+    """See `ops.chunked_loss._reference_row_gradients`."""
     n, columns = out.shape
     scale, divisor, softcap, wide, smoothing = how
     block = min(triton.next_power_of_2(columns), BLOCK)

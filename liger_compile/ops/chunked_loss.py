@@ -17,6 +17,8 @@ from .._torch import known_true
 from ._library import define, kernel, once_differentiable
 
 SLAB_BYTES = 32 << 20
+TILE = 128
+"""Rows of a chunk are a multiple of this."""
 
 
 class Transform(NamedTuple):
@@ -144,13 +146,28 @@ def _reference_row_gradients(
 
 
 def chunk_rows(n: int, width: int, classes: int, itemsize: int, budget: int) -> int:
-    """Rows of a chunk, of n rows in all: as many as `budget` holds, or as take no more than dweight will.
+    """Rows of a chunk, of n rows in all: as many as `budget` holds, or as take no more than dweight will."""
+    return equal_chunks(n, max(budget // (classes * itemsize), width, TILE))
 
-    Chunks are about equal, and their rows a multiple of 128.
-    """
-    fit = max(budget // (classes * itemsize), width, 128)
-    chunks = max(-(-n // fit), 1)
-    return max(-(-n // (chunks * 128)) * 128, 128)
+
+def equal_chunks(n: int, fit: int) -> int:
+    """Rows of a chunk, of n rows in all, if about `fit` may be in one: as few chunks as that takes, and about equal."""
+    return tiled(-(-n // max(-(-n // fit), 1)))
+
+
+def tiled(n: int) -> int:
+    return max(-(-n // TILE) * TILE, TILE)
+
+
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, need_dhidden: bool, need_dweight: bool, need_dbias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden, dweight, dbias), not written yet; those that nobody needs have no elements."""
+    return (
+        hidden.new_empty(hidden.shape if need_dhidden else (0,)),
+        hidden.new_empty(weight.shape if need_dweight else (0,)),
+        hidden.new_empty(weight.shape[0] if need_dbias else 0),
+    )
 
 
 def keep_all(n: int, width: int, classes: int, itemsize: int, budget: int, need_dweight: bool) -> bool:
@@ -259,19 +276,9 @@ linear_cross_entropy_forward = define(
 
 
 def _backward_fake(
-    dlogits: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    need_dhidden: bool,
-    need_dweight: bool,
-    need_dbias: bool,
+    dlogits: Tensor, hidden: Tensor, weight: Tensor, scale: Tensor, *need: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        hidden.new_empty(hidden.shape if need_dhidden else (0,)),
-        weight.new_empty(weight.shape if need_dweight else (0,)),
-        weight.new_empty(weight.shape[0] if need_dbias else 0),
-    )
+    return empty_gradients(hidden, weight, *need)
 
 
 def _scaled_product(scaled: Any, out: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> None:
@@ -321,25 +328,9 @@ linear_cross_entropy_backward = define(
 )
 
 
-def _from_logits_fake(
-    logits: Tensor,
-    target: Tensor,
-    most: Tensor,
-    total: Tensor,
-    of_lse: Tensor,
-    of_label: Tensor,
-    scale: float,
-    divisor: float,
-    softcap: float,
-    wide: bool,
-    smoothing: float,
-    hidden: Tensor,
-    weight: Tensor,
-    need_dhidden: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward_fake(logits, hidden, weight, most, need_dhidden, need_dweight, need_dbias)
+def _from_logits_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, *need = args[11:]
+    return empty_gradients(hidden, weight, *need)
 
 
 def _from_logits_with(row_gradients: Any, scaled: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._library import define, once_differentiable
+from .chunked_loss import TILE, empty_gradients, equal_chunks, tiled
 
-TILE = 128
-"""Rows of a chunk are a multiple of this."""
 LOSS_ROWS = 2048
 """Rows of a chunk where only the loss is wanted: they and as much of the weight stay in L2."""
 SAMPLE = 128
@@ -51,13 +50,7 @@ def chunk_rows(n: int, width: int, classes: int, budget: int) -> int:
     fit = budget // each // TILE * TILE
     if fit // TILE * -(-width // 256) < FEW:
         fit = (budget - 2 * 2 * FEW * TILE * 256) // each // TILE * TILE
-    fit = max(fit, TILE)
-    chunks = max(-(-n // fit), 1)
-    return _tiled(-(-n // chunks))
-
-
-def _tiled(n: int) -> int:
-    return max(-(-n // TILE) * TILE, TILE)
+    return equal_chunks(n, max(fit, TILE))
 
 
 def _products() -> Any:
@@ -93,9 +86,12 @@ class _Order(NamedTuple):
     def first_of(self, classes: int) -> Tensor:
         """int32 [classes]: the place of the first row of each label, or -1."""
         places = torch.arange(self.label.shape[0], device=self.label.device, dtype=torch.int32)
-        starts = self.label.diff(prepend=self.label.new_full((1,), -1)) != 0
         found = torch.full((classes + 1,), -1, dtype=torch.int32, device=self.label.device)
-        return found.scatter_(0, torch.where(starts & (self.label >= 0), self.label, classes).long(), places)[:classes]
+        return found.scatter_(0, torch.where(self.starts(), self.label, classes).long(), places)[:classes]
+
+    def starts(self) -> Tensor:
+        """bool [N]: whether a place is the first of its label's."""
+        return (self.label.diff(prepend=self.label.new_full((1,), -1)) != 0) & (self.label >= 0)
 
     def frequent(self) -> tuple[Tensor, Tensor]:
         """(int32 [FREQUENT]: the most frequent labels, -1 if there are fewer; int32 [N]: at the place of the first row
@@ -103,8 +99,7 @@ class _Order(NamedTuple):
         n = self.label.shape[0]
         ascending = torch.where(self.label < 0, torch.iinfo(torch.int32).max, self.label)
         places = torch.arange(n, device=ascending.device)
-        starts = (ascending.diff(prepend=ascending.new_full((1,), -1)) != 0) & (self.label >= 0)
-        rows = torch.where(starts, torch.searchsorted(ascending, ascending, right=True) - places, 0)
+        rows = torch.where(self.starts(), torch.searchsorted(ascending, ascending, right=True) - places, 0)
         keys = (rows * n + places).topk(min(FREQUENT, n)).values  # no two are equal: the same ones every run
         at = torch.where(keys >= n, keys % n, n)
         labels = F.pad(self.label, (0, 1), value=-1)[at]
@@ -230,7 +225,7 @@ def _loss(*args: Any) -> Kept:
     made.terms.zero_()
     loss = _loss_of(*operands)
     n = made.losses.shape[0]
-    size = _tiled(n) if keep else min(_tiled(n), LOSS_ROWS)
+    size = tiled(n) if keep else min(tiled(n), LOSS_ROWS)
     e = _exponentials_of(size, loss.weight) if keep else None
     rows, given = loss.hidden.new_empty((min(size, n), loss.hidden.shape[1])), made.losses.new_ones(1)
     for first in range(0, n, size):
@@ -253,24 +248,9 @@ fused_loss = define(
 # ---- the gradients of what was kept --------------------------------------------------------------------------------
 
 
-def _backward_fake(
-    e: Tensor,
-    terms: Tensor,
-    order: Tensor,
-    label: Tensor,
-    total: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    given: Tensor,
-    need_dhidden: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        hidden.new_empty(hidden.shape if need_dhidden else (0,)),
-        hidden.new_empty(weight.shape if need_dweight else (0,)),
-        hidden.new_empty(weight.shape[0] if need_dbias else 0),
-    )
+def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, _, *need = args[5:]
+    return empty_gradients(hidden, weight, *need)
 
 
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -287,7 +267,7 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     x = None
     if need_dhidden:
         parts = _products().parts(n, width, hidden.device, beside=need_dweight)
-        x = terms.new_empty((parts, _tiled(n), width))
+        x = terms.new_empty((parts, tiled(n), width))
     size = max(SLAB_BYTES // (2 * n) // 256 * 256, 256)
     slab = hidden.new_empty((n, min(size, -(-classes // 8) * 8)))
     sums = terms.new_zeros(dbias.shape)
@@ -434,6 +414,7 @@ def _packed(*args: Any) -> Packed:
     if need_dhidden:
         made = made._replace(coefficient=of_label, at=at)
     if need_dweight:
+        # Their rows are in made.frequent. Where there are fewer labels, the first one's is filled again.
         packed.index_fill_(0, torch.where(frequent < 0, frequent[0].clamp(min=0), frequent).long(), 0)
         first = loss.rows.first_of(weight.shape[0])
         made = made._replace(columns=columns, first=first, order=order, label=label, terms=terms, slot=slot)
@@ -448,7 +429,7 @@ def _allocated(size: int, weight: Tensor) -> tuple[int, Tensor]:
         except torch.OutOfMemoryError:
             if size <= TILE:
                 raise
-            size = _tiled(size // 2)
+            size = tiled(size // 2)
 
 
 fused_loss_and_gradients = define(

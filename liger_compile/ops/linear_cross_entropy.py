@@ -193,13 +193,13 @@ def _can_fuse(hidden: Tensor, weight: Tensor, smoothing: float) -> bool:
 
 def _is_left(hidden: Tensor, weight: Tensor, smoothing: float, memory: str) -> bool:
     """Whether a compiler is at work, and its own code for these few logits no worse than the fused kernels."""
+    if type(hidden) in (Tensor, torch.nn.Parameter) or not _can_fuse(hidden, weight, smoothing):
+        return False
     size = hidden.shape[0] * weight.shape[0] * hidden.element_size()
-    traced = type(hidden) not in (Tensor, torch.nn.Parameter)
-    fits = known_true(size <= min(SMALL_BYTES, BUDGET[memory]))
-    return traced and fits and _can_fuse(hidden, weight, smoothing)
+    return known_true(size <= min(SMALL_BYTES, BUDGET[memory]))  # asked last: it guards the size
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, how: Transform) -> Tensor:
+def _written_out(hidden: Tensor, weight: Tensor, bias: Tensor | None, how: Transform) -> Tensor:
     """What the op takes the cross-entropy of, float32, as the model would write it."""
     with torch.autocast(hidden.device.type, enabled=False):
         z = F.linear(hidden, weight, bias)
@@ -306,14 +306,12 @@ class _Final(torch.autograd.Function):
 # ---- the ops -------------------------------------------------------------------------------------------------------
 
 
-def _losses(call: _Call, o: _Operands) -> tuple[Tensor, Tensor]:
-    """The rows' losses and log-sum-exp, without gradients; the latter is not computed by the fused kernels."""
+def _losses(call: _Call, o: _Operands) -> Tensor:
+    """The rows' losses, without gradients."""
     if _can_fuse(o.hidden, o.weight, call.how.smoothing):
-        return fused.fused_loss(*o[:4], *call.fused, False)[0], o.hidden.new_empty(0)
+        return fused.fused_loss(*o[:4], *call.fused, False)[0]
     no = (False, False, False)
-    made = chunked.linear_cross_entropy_forward(*o[:4], None, call.ignore_index, *call.how, *no, "", call.budget)
-    losses, most, total, *_ = made
-    return losses, most + torch.log(total)
+    return chunked.linear_cross_entropy_forward(*o[:4], None, call.ignore_index, *call.how, *no, "", call.budget)[0]
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -372,7 +370,7 @@ def _linear_cross_entropy(
     how = Transform(scale, divisor, softcap, wide, label_smoothing)
     if _is_left(hidden, weight, label_smoothing, memory):
         class_weight = None if class_weight is None else class_weight.float()
-        z = _logits(hidden, weight, bias, how)
+        z = _written_out(hidden, weight, bias, how)
         return F.cross_entropy(z, target, class_weight, ignore_index=ignore_index, reduction=reduction)
     given = count = None
     counted = _counted(target, ignore_index, weight.shape[0])
@@ -384,7 +382,7 @@ def _linear_cross_entropy(
     call = _Call(ignore_index, how, (), BUDGET[memory])
     if torch.is_grad_enabled():
         return _Loss.apply(hidden, weight, bias, target, given, count, call, memory)
-    losses, _ = _losses(call, _Operands(hidden, weight, bias, target, None))
+    losses = _losses(call, _Operands(hidden, weight, bias, target, None))
     losses = losses if given is None else losses * given
     return losses if count is None else losses.sum() / count
 
