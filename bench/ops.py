@@ -1,6 +1,6 @@
 """Each op against Inductor's own kernels and Liger-Kernel's for the same maths, forward and forward + backward.
 
-    python -m bench.ops [--out FOLDER]
+    python -m bench.ops [--only NAME] [--out FOLDER]
 
 Kernels are timed without host time. The floor is the bytes that must move over the rate of a copy.
 """
@@ -75,6 +75,18 @@ def cases() -> dict[str, dict[str, Any]]:
             "operands": operands,
             "bytes": (4 * size, 4 * size),
         }
+    for classes, width, tokens, one in (
+        *((128256, 4096, 8192, False), (128256, 4096, 8192, True), (151936, 1024, TOKENS, False)),
+        *((32000, 4096, TOKENS, False), (32000, 1024, TOKENS, False), (50257, 768, TOKENS, False)),
+    ):
+        ids = (torch.zeros(tokens, dtype=torch.int64) if one else torch.randint(classes, (tokens,))).cuda()
+        made[f"Embedding {classes} x {width}, {tokens} tokens{' of one kind' if one else ''}"] = {
+            "plain": lambda w, ids=ids: F.embedding(ids, w),
+            "ours": lambda w, ids=ids: ops.embedding(ids, w),
+            "liger": None,
+            "operands": (tensor(classes, width),),
+            "bytes": (4 * tokens * width, 2 * (classes + tokens) * width),
+        }
     return made
 
 
@@ -129,11 +141,14 @@ def measure(ways: dict[str, Callable[..., Any]], operands: tuple[torch.Tensor, .
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="measure the ops whose names contain this")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     rate = common.ceilings()["copy_TB_per_s"] * 1e9
     rows = []
     for name, case in cases().items():
+        if arguments.only not in name:
+            continue
         torch._dynamo.reset()
         ways = {"Inductor": torch.compile(case["plain"]), "Liger-Kernel": case["liger"], "liger_compile": case["ours"]}
         floor = tuple(sum(case["bytes"][: i + 1]) / rate for i in range(2))
