@@ -75,17 +75,20 @@ def cases() -> dict[str, dict[str, Any]]:
             "operands": operands,
             "bytes": (4 * size, 4 * size),
         }
-    for classes, width, tokens, one in (
-        *((128256, 4096, 8192, False), (128256, 4096, 8192, True), (151936, 1024, TOKENS, False)),
-        *((32000, 4096, TOKENS, False), (32000, 1024, TOKENS, False), (50257, 768, TOKENS, False)),
+    for classes, width, tokens, kind in (
+        *((128256, 4096, 8192, ""), (128256, 4096, 8192, " of one kind"), (128256, 4096, 8192, ", float32")),
+        *((151936, 1024, TOKENS, ""), (32000, 4096, TOKENS, ""), (32000, 4096, TOKENS, ", float32")),
+        *((32000, 1024, TOKENS, ""), (32000, 1024, 512, ""), (49152, 576, TOKENS, ""), (16000, 1024, TOKENS, "")),
     ):
+        one, wide = "one" in kind, "float32" in kind
         ids = (torch.zeros(tokens, dtype=torch.int64) if one else torch.randint(classes, (tokens,))).cuda()
-        made[f"Embedding {classes} x {width}, {tokens} tokens{' of one kind' if one else ''}"] = {
+        table = tensor(classes, width)
+        made[f"Embedding {classes} x {width}, {tokens} tokens{kind}"] = {
             "plain": lambda w, ids=ids: F.embedding(ids, w),
             "ours": lambda w, ids=ids: ops.embedding(ids, w),
             "liger": None,
-            "operands": (tensor(classes, width),),
-            "bytes": (4 * tokens * width, 2 * (classes + tokens) * width),
+            "operands": (table.detach().float().requires_grad_() if wide else table,),
+            "bytes": tuple(b << wide for b in (4 * tokens * width, 2 * (classes + tokens) * width)),
         }
     return made
 

@@ -27,7 +27,7 @@ def _token(token_ptr, q, n):
 def _runs(
     dy_ptr, token_ptr, order_ptr, out_ptr, ends_ptr, n, width, row_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out[token] of the runs within a block of places; ends [blocks, 2, width] of its first and last run, if they go on.
+    """out[token] of the runs within a block of places; ends [blocks, 2, width] of its first and last run, where cut.
 
     Per element of dy: a read; per element of a row of the result: a write. Negative tokens are left out.
     """
@@ -57,9 +57,7 @@ def _runs(
 
 
 @triton.jit
-def _long_runs(
-    token_ptr, out_ptr, ends_ptr, n, width, ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
-):
+def _long_runs(token_ptr, out_ptr, ends_ptr, n, width, ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """out[token] of the run that begins in a block and goes on behind it.
 
     Per element of a row of `ends` that such a run left: a read, GROUP of them at a time.
@@ -85,8 +83,8 @@ def _long_runs(
 
 
 def backward(dy: Tensor, token: Tensor, order: Tensor, out: Tensor) -> None:
-    """Writes the rows of `out` [tokens, H] that occur, from dy [N, H] and the tokens [N], sorted, negative ones first or
-    last; `order` says which row of dy each is of."""
+    """Writes the rows of `out` [V, H] that occur, from dy [N, H] and the tokens int32 [N], sorted, negative ones first
+    or last; `order`, int64 [N], says which row of dy each is of."""
     n, width = dy.shape
     if n == 0 or width == 0:
         return

@@ -4,8 +4,8 @@
 
 - ids: [...], int64 or int32; weight: [V, H], float32, bfloat16 or float16. y: [..., H], weight's dtype.
 - The row `padding_idx`, if that is not negative, gets no gradient. An id outside [0, V) is an error, as in eager.
-- dweight: [V, H] in weight's dtype, each row summed in float32, always in the same order, and rounded once. Nothing else
-  of this size is made. It can be differentiated again.
+- dweight: [V, H] in weight's dtype, each row summed in float32, always in the same order, and rounded once. Nothing
+  else of this size is made. It can be differentiated again.
 
 The lookup itself is PyTorch's, so that a compiler fuses it with what follows. For the gradient, tokens are sorted, and
 the rows that occur are written once; PyTorch's under Inductor adds to a float32 table, atomically, and converts that.
