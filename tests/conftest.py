@@ -39,6 +39,15 @@ def fresh(request):
     torch._dynamo.reset()
 
 
+@pytest.fixture(autouse=True)
+def ops_are_whole(monkeypatch):
+    """Compilers see ops on this device as on a GPU, so that what happens there is tested here. `test_cpu.py` is
+    about what happens on a CPU."""
+    from liger_compile.ops import _library
+
+    monkeypatch.setattr(_library, "WHOLE_ON", {*_library.WHOLE_ON, "cpu"})
+
+
 @pytest.fixture
 def small_chunks(monkeypatch):
     """The loss holds few logits at a time: 128 rows of them, if there are more, and more than hidden is wide."""

@@ -208,6 +208,9 @@ SAMPLES = {
 }
 
 
+SAMPLES |= {f"{name}_forward": SAMPLES[name] for name in ("rms_norm", "glu", "packed_glu", "rope", "rope_pair")}
+
+
 def test_every_op_has_samples():
     names = {n.partition("::")[2] for n in torch._C._dispatch_get_all_op_names() if n.startswith("liger_compile::")}
     assert names == set(SAMPLES)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "liger_compile"
+WHOLE_ON = {"cuda", "meta"}
+"""Devices on which a compiler is shown ops whole: those with kernels, and the one that stands for them."""
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], cuda: Callable[..., Any]) -> Any:
@@ -22,7 +24,43 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
     torch.library.impl(name, "CompositeExplicitAutograd")(reference)
     torch.library.impl(name, "CUDA")(cuda)
     torch.library.register_fake(name)(fake)
+    return _op(name)
+
+
+def define_composite(schema: str, function: Callable[..., Any]) -> Any:
+    """Defines `liger_compile::<schema>` as what `function` does with other ops, and returns the op."""
+    name = f"{NAMESPACE}::{schema.partition('(')[0]}"
+    torch.library.define(name, schema[schema.index("(") :], tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(name, "CompositeImplicitAutograd")(function)
+    return _op(name)
+
+
+def define_forward(
+    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], cuda: Callable[..., Any]
+) -> tuple[Any, Any]:
+    """(`<name>_forward`, as `define` defines it; `<name>`, which is that op, or its reference where that is shown)."""
+    name, rest = schema[: schema.index("(")], schema[schema.index("(") :]
+    forward = define(f"{name}_forward{rest}", reference, fake, cuda)
+
+    def function(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (reference if shows_plain(x) else forward)(x, *args, **kwargs)
+
+    return forward, define_composite(schema, function)
+
+
+def _op(name: str) -> Any:
     return getattr(getattr(torch.ops, NAMESPACE), name.partition("::")[2]).default
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether x stands for other tensors: a compiler is at work."""
+    return type(x) not in (Tensor, torch.nn.Parameter)
+
+
+def shows_plain(x: Tensor) -> bool:
+    """Whether a compiler is at work for a device without kernels. It is shown plain torch, which it fuses, and derives
+    the gradient of: a whole op would run its reference, one operation at a time."""
+    return is_traced(x) and x.device.type not in WHOLE_ON
 
 
 def kernel(module: str, function: str) -> Callable[..., Any]:

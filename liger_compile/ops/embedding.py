@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._library import NAMESPACE, define, kernel
+from ._library import define, define_composite, kernel, shows_plain
 
 
 def _fake(dy: Tensor, ids: Tensor, classes: int, padding_idx: int) -> Tensor:
@@ -80,13 +80,6 @@ class _Embedding(torch.autograd.Function):
         return None, embedding_backward(dy, ids, ctx.classes, ctx.padding_idx), None
 
 
-_NAME = f"{NAMESPACE}::embedding"
-torch.library.define(
-    _NAME, "(Tensor ids, Tensor weight, int padding_idx=-1) -> Tensor", tags=torch.Tag.pt2_compliant_tag
-)
-
-
-@torch.library.impl(_NAME, "CompositeImplicitAutograd")
 def _embedding(ids: Tensor, weight: Tensor, padding_idx: int = -1) -> Tensor:
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(f"embedding: weight is {weight.dtype}{list(weight.shape)}, needs [V, H] of a float dtype")
@@ -94,7 +87,9 @@ def _embedding(ids: Tensor, weight: Tensor, padding_idx: int = -1) -> Tensor:
         raise ValueError(f"embedding: ids are {ids.dtype}, need int64 or int32")
     if padding_idx >= weight.shape[0]:
         raise ValueError(f"embedding: padding_idx {padding_idx} is not a row of weight [{weight.shape[0]}, ...]")
-    return _Embedding.apply(ids, weight, padding_idx) if torch.is_grad_enabled() else F.embedding(ids, weight)
+    if shows_plain(weight) or not torch.is_grad_enabled():
+        return F.embedding(ids, weight, None if padding_idx < 0 else padding_idx)
+    return _Embedding.apply(ids, weight, padding_idx)
 
 
-embedding = torch.ops.liger_compile.embedding.default
+embedding = define_composite("embedding(Tensor ids, Tensor weight, int padding_idx=-1) -> Tensor", _embedding)

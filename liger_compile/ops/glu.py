@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._library import define, dense_like, kernel, once_differentiable
+from ._library import define, define_forward, dense_like, kernel, once_differentiable
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -104,7 +104,7 @@ def _packed_backward_reference(dy: Tensor, x: Tensor, activation: str, gate_firs
     return dense_like(torch.cat((dgate, dup) if gate_first else (dup, dgate), dim=-1), x)
 
 
-glu = define(
+glu_forward, glu = define_forward(
     'glu(Tensor gate, Tensor up, str activation="silu") -> Tensor', _reference, _fake, kernel("glu", "forward")
 )
 glu_backward = define(
@@ -113,7 +113,7 @@ glu_backward = define(
     _backward_fake,
     kernel("glu", "backward"),
 )
-packed_glu = define(
+packed_glu_forward, packed_glu = define_forward(
     'packed_glu(Tensor x, str activation="silu", bool gate_first=True) -> Tensor',
     _packed_reference,
     _packed_fake,
@@ -145,7 +145,7 @@ def _packed_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return packed_glu_backward(dy, *ctx.saved_tensors, ctx.activation, ctx.gate_first), None, None
 
 
-torch.library.register_autograd(glu.name(), _backward, setup_context=_setup)
-torch.library.register_autograd(packed_glu.name(), _packed_backward, setup_context=_packed_setup)
+torch.library.register_autograd(glu_forward.name(), _backward, setup_context=_setup)
+torch.library.register_autograd(packed_glu_forward.name(), _packed_backward, setup_context=_packed_setup)
 once_differentiable(glu_backward)
 once_differentiable(packed_glu_backward)

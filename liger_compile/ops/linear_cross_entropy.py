@@ -20,8 +20,8 @@ softcap=0.0, wide=False, class_weight=None, label_smoothing=0.0, memory="balance
 softcap=0.0, wide=False) -> (loss, lse)`: the loss, and float32 [N] log(sum_j exp(z_ij)) of every row, for losses that
 are computed from that too (z-loss). It holds all logits, as the code that it stands for does.
 
-bfloat16 on Hopper is computed by `fused_loss.py`, unless a compiler is at work and the loss is small (SMALL_BYTES), all
-else by `chunked_loss.py`.
+bfloat16 on Hopper is computed by `fused_loss.py`, all else by `chunked_loss.py`. A compiler is shown plain torch where
+its own code is as fast: on Hopper if the loss is small (SMALL_BYTES), without kernels unless memory is "lean".
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from torch import Tensor
 from .._torch import known_true
 from . import chunked_loss as chunked
 from . import fused_loss as fused
-from ._library import NAMESPACE
+from ._library import define_composite, is_traced, shows_plain
 from .chunked_loss import Transform
 
 REDUCTIONS = ("mean", "sum", "none")
 BUDGET = {"lean": 150 << 20, "balanced": 561 << 20, "fast": 4 << 30}
 """Bytes of logits, or of their gradients, that are held at a time."""
 SMALL_BYTES = 256 << 20
-"""Where the kernels are fused, a compiler is shown plain torch for logits that take no more: it is as fast there."""
+"""On Hopper a compiler is shown plain torch for logits that take no more: it is as fast there."""
 
 
 # ---- ways to the gradient ------------------------------------------------------------------------------------------
@@ -192,11 +192,18 @@ def _can_fuse(hidden: Tensor, weight: Tensor, smoothing: float) -> bool:
 
 
 def _is_left(hidden: Tensor, weight: Tensor, smoothing: float, memory: str) -> bool:
-    """Whether a compiler is at work, and its own code for these few logits no worse than the fused kernels."""
-    if type(hidden) in (Tensor, torch.nn.Parameter) or not _can_fuse(hidden, weight, smoothing):
+    """Whether a compiler is at work, and its own code for these logits no worse than ours.
+
+    Without kernels, chunks take 1.4 times the time of Inductor's loss; who asks for "lean" gets them all the same.
+    """
+    if shows_plain(hidden):
+        few = None if memory != "lean" else BUDGET[memory]
+    elif is_traced(hidden) and _can_fuse(hidden, weight, smoothing):
+        few = min(SMALL_BYTES, BUDGET[memory])
+    else:
         return False
     size = hidden.shape[0] * weight.shape[0] * hidden.element_size()
-    return known_true(size <= min(SMALL_BYTES, BUDGET[memory]))  # asked last: it guards the size
+    return few is None or known_true(size <= few)  # asked last: it guards the size
 
 
 def _written_out(hidden: Tensor, weight: Tensor, bias: Tensor | None, how: Transform) -> Tensor:
@@ -298,8 +305,8 @@ class _Final(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
-            f"{_NAME} has no second derivative; compute this gradient without create_graph=True, or compile with "
-            'options={"liger.disable": "linear_cross_entropy"}'
+            "linear_cross_entropy has no second derivative; compute this gradient without create_graph=True, or compile"
+            ' with options={"liger.disable": "linear_cross_entropy"}'
         )
 
 
@@ -332,17 +339,6 @@ def _dense(bias: Tensor | None, target: Tensor) -> tuple[Tensor | None, Tensor]:
     return None if bias is None else bias.contiguous(), target.contiguous()
 
 
-_NAME = f"{NAMESPACE}::linear_cross_entropy"
-torch.library.define(
-    _NAME,
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index=-100, str reduction='mean',"
-    " float scale=1.0, float divisor=1.0, float softcap=0.0, bool wide=False, Tensor? class_weight=None,"
-    " float label_smoothing=0.0, str memory='balanced') -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-@torch.library.impl(_NAME, "CompositeImplicitAutograd")
 def _linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -376,7 +372,8 @@ def _linear_cross_entropy(
     if _is_left(hidden, weight, label_smoothing, memory):
         class_weight = None if class_weight is None else class_weight.float()
         z = _written_out(hidden, weight, bias, how)
-        return F.cross_entropy(z, target, class_weight, ignore_index=ignore_index, reduction=reduction)
+        semantics = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        return F.cross_entropy(z, target, class_weight, **semantics)
     bias, target = _dense(bias, target)
     given = count = None
     counted = _counted(target, ignore_index, weight.shape[0])
@@ -393,18 +390,14 @@ def _linear_cross_entropy(
     return losses if count is None else losses.sum() / count
 
 
-linear_cross_entropy = torch.ops.liger_compile.linear_cross_entropy.default
-
-_LSE_NAME = f"{NAMESPACE}::linear_cross_entropy_lse"
-torch.library.define(
-    _LSE_NAME,
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index=-100, str reduction='mean',"
-    " float scale=1.0, float divisor=1.0, float softcap=0.0, bool wide=False) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
+linear_cross_entropy = define_composite(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index=-100,"
+    " str reduction='mean', float scale=1.0, float divisor=1.0, float softcap=0.0, bool wide=False,"
+    " Tensor? class_weight=None, float label_smoothing=0.0, str memory='balanced') -> Tensor",
+    _linear_cross_entropy,
 )
 
 
-@torch.library.impl(_LSE_NAME, "CompositeImplicitAutograd")
 def _linear_cross_entropy_lse(
     hidden: Tensor,
     weight: Tensor,
@@ -419,13 +412,22 @@ def _linear_cross_entropy_lse(
 ) -> tuple[Tensor, Tensor]:
     chunked.check_operands(hidden, weight, bias, target)
     _one_of("reduction", reduction, REDUCTIONS)
+    how = Transform(scale, divisor, softcap, wide)
+    if shows_plain(hidden):
+        z = _written_out(hidden, weight, bias, how)
+        return F.cross_entropy(z, target, ignore_index=ignore_index, reduction=reduction), z.logsumexp(1)
     bias, target = _dense(bias, target)
     counted = _counted(target, ignore_index, weight.shape[0])
-    call = _Call(ignore_index, Transform(scale, divisor, softcap, wide), (), BUDGET["balanced"])
+    call = _Call(ignore_index, how, (), BUDGET["balanced"])
     losses, lse = _LossAndLse.apply(hidden, weight, bias, target, call)
     if reduction == "none":
         return losses, lse
     return (losses.sum() / counted.sum() if reduction == "mean" else losses.sum()), lse
 
 
-linear_cross_entropy_lse = torch.ops.liger_compile.linear_cross_entropy_lse.default
+linear_cross_entropy_lse = define_composite(
+    "linear_cross_entropy_lse(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index=-100,"
+    " str reduction='mean', float scale=1.0, float divisor=1.0, float softcap=0.0, bool wide=False)"
+    " -> (Tensor, Tensor)",
+    _linear_cross_entropy_lse,
+)

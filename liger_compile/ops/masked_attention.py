@@ -27,7 +27,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .. import _torch
 from ..mask_code import function
-from ._library import NAMESPACE
+from ._library import define_composite
 
 BLOCK = 128
 
@@ -78,16 +78,6 @@ def _block_mask(seen: str, tensors: Sequence[Tensor], query: Tensor, key: Tensor
     return BlockMask(seq_lengths=(q, k), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod, **named)
 
 
-_NAME = f"{NAMESPACE}::masked_attention"
-torch.library.define(
-    _NAME,
-    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, str seen='', Tensor[]? tensors=None,"
-    " float? scale=None) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-@torch.library.impl(_NAME, "CompositeImplicitAutograd")
 def _composite(
     query: Tensor,
     key: Tensor,
@@ -131,4 +121,8 @@ def _lookup(mask: Tensor) -> str:
     return f"x0[{', '.join('0' if n == 1 else name for name, n in zip(names, mask.shape, strict=True))}]"
 
 
-masked_attention = torch.ops.liger_compile.masked_attention.default
+masked_attention = define_composite(
+    "masked_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, str seen='',"
+    " Tensor[]? tensors=None, float? scale=None) -> Tensor",
+    _composite,
+)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import define, dense_like, kernel, once_differentiable
+from ._library import define, define_forward, dense_like, kernel, once_differentiable
 
 ROUNDINGS = ("normed", "result", "factor")
 
@@ -74,7 +74,7 @@ def _backward_reference(
     return dx, (g * seen).flatten(0, -2).sum(0).to(weight.dtype)
 
 
-rms_norm = define(
+rms_norm_forward, rms_norm = define_forward(
     'rms_norm(Tensor x, Tensor? weight, float eps, float offset=0.0, str rounding="normed") -> Tensor',
     _reference,
     _fake,
@@ -101,5 +101,5 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return dx, dweight if need_dweight else None, None, None, None
 
 
-torch.library.register_autograd(rms_norm.name(), _backward, setup_context=_setup)
+torch.library.register_autograd(rms_norm_forward.name(), _backward, setup_context=_setup)
 once_differentiable(rms_norm_backward)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import define, dense_like, kernel, once_differentiable
+from ._library import define, define_forward, dense_like, kernel, once_differentiable
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -145,13 +145,13 @@ def _pair_backward_reference(
     return _backward_reference(dq, cos, sin, q_strides, *rest), _backward_reference(dk, cos, sin, k_strides, *rest)
 
 
-rope = define(
+rope_forward, rope = define_forward(
     "rope(Tensor x, Tensor cos, Tensor sin, bool upcast=False, bool promote=False, bool contiguous=False) -> Tensor",
     _reference,
     _fake,
     kernel("rope", "forward"),
 )
-rope_pair = define(
+rope_pair_forward, rope_pair = define_forward(
     "rope_pair(Tensor q, Tensor k, Tensor cos, Tensor sin, bool upcast=False, bool promote=False,"
     " bool contiguous=False) -> (Tensor, Tensor)",
     _pair_reference,
@@ -205,7 +205,7 @@ def _pair_backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Any, ...]:
     return *rope_pair_backward(dq, dk, *ctx.saved_tensors, *ctx.layout), *(None,) * 5
 
 
-torch.library.register_autograd(rope.name(), _backward, setup_context=_setup)
-torch.library.register_autograd(rope_pair.name(), _pair_backward, setup_context=_pair_setup)
+torch.library.register_autograd(rope_forward.name(), _backward, setup_context=_setup)
+torch.library.register_autograd(rope_pair_forward.name(), _pair_backward, setup_context=_pair_setup)
 once_differentiable(rope_backward)
 once_differentiable(rope_pair_backward)
