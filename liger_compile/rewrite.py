@@ -85,14 +85,20 @@ def _rewrite_bodies(
                     calls.setdefault(body.target, []).append(node)
     changed = False
     for name, nodes in calls.items():
-        module = getattr(gm, name)
-        after, borrowed = _rewrite_module(module, spellings, options, report, view, nodes)
+        module, inside = getattr(gm, name), Report()
+        after, borrowed = _rewrite_module(module, spellings, options, inside, view, nodes)
+        report.matches += [dataclasses.replace(m, body=_inside(name, m.body)) for m in inside.matches]
+        report.misses += [dataclasses.replace(m, body=_inside(name, m.body)) for m in inside.misses]
         if after is not module:
             setattr(gm, name, after)
             changed = True
         if borrowed:
             nodes[0].args = (*nodes[0].args, *borrowed)
     return changed
+
+
+def _inside(name: str, body: str) -> str:
+    return f"{name}.{body}" if body else name
 
 
 def _find(view: GraphTerms, spellings: list[Spelling], options: Options, report: Report) -> list[Site]:
@@ -153,8 +159,7 @@ def _match_at(
                 nodes = {*site.outputs, *site.interior}
                 legal.append(check(site, defer=options.logits == "lazy"))
         except Illegal as illegal:
-            place = Place.of(view.carriers[anchor][0])
-            refused[name, frozenset(nodes)] = Miss(name, place.source, place.module, str(illegal))
+            refused[name, frozenset(nodes)] = _miss(name, view.carriers[anchor][0], str(illegal), "left", nodes)
             continue
         if any(node in taken.outputs for site in legal for node in site.interior):
             continue  # would take apart what another pattern has replaced
@@ -184,9 +189,15 @@ def _near_misses(view: GraphTerms, spellings: list[Spelling], options: Options, 
             continue
         told[name] |= region
         node = next((n for t in (near.at, near.root) for n in view.carriers.get(t, ())), view.carriers[near.root][0])
-        place = Place.of(node)
-        misses.append((view.position[node], Miss(name, place.source, place.module, near.reason)))
+        nodes = [n for t in near.terms for n in view.carriers.get(t, ())]
+        misses.append((view.position[node], _miss(name, node, near.reason, "near", nodes)))
     return [miss for _, miss in sorted(misses, key=lambda m: m[0])]
+
+
+def _miss(name: str, node: fx.Node, reason: str, kind: str, nodes: Iterable[fx.Node]) -> Miss:
+    place = Place.of(node)
+    names = tuple(dict.fromkeys(n.name for n in nodes))
+    return Miss(name, place.source, place.module, reason, kind, place.file, nodes=names)
 
 
 def _replace(gm: fx.GraphModule, view: GraphTerms, found: list[Site], report: Report) -> bool:
@@ -199,14 +210,17 @@ def _replace(gm: fx.GraphModule, view: GraphTerms, found: list[Site], report: Re
         try:
             results = emit(view, site, moved)
         except Illegal as illegal:
-            report.misses.append(Miss(name, place.source, place.module, str(illegal)))
+            nodes = (*site.outputs, *site.interior)
+            report.misses.append(_miss(name, site.outputs[0], str(illegal), "left", nodes))
             continue
         for result, output in zip(results, site.outputs, strict=True):
             output.replace_all_uses_with(result, propagate_meta=False)
             moved[output] = result
         defer(gm, site, moved)
         target, _ = target_of(site.match.pattern.replacement)
-        report.matches.append(Rewritten(name, place.module, place.source, str(target)))
+        nodes = tuple(n.name for n in (*site.interior, *site.outputs))
+        made = tuple(n.name for n in dict.fromkeys(results))
+        report.matches.append(Rewritten(name, place.module, place.source, str(target), place.file, "", nodes, made))
         changed = True
     dead = {n for site in found if site.outputs[0] in moved for n in (*site.outputs, *site.interior)}
     read: set[fx.Node] = set()
