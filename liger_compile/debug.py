@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -13,7 +14,7 @@ FOLDER = "liger_debug"
 
 
 def write(report: Report, folder: bool | str | os.PathLike[str]) -> Path:
-    """Writes before.py, after.py and report.txt to a new numbered folder, and returns it."""
+    """Writes before.py, after.py, report.txt, .json and .html to a new numbered folder, and returns it."""
     root = Path(FOLDER if folder is True else folder)
     root.mkdir(parents=True, exist_ok=True)
     number = len([p for p in root.iterdir() if p.is_dir()])
@@ -24,6 +25,7 @@ def write(report: Report, folder: bool | str | os.PathLike[str]) -> Path:
         (here / "before.py").write_text(_readable(graph.before))
         (here / "after.py").write_text(_readable(graph.after))
     (here / "report.txt").write_text(f"{report}\n")
+    (here / "report.json").write_text(json.dumps(report.as_json(), indent=1))
     return here
 
 

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -107,6 +108,15 @@ class Report:
         self.matches += [dataclasses.replace(m, graph=first + m.graph) for m in other.matches]
         self.misses += [dataclasses.replace(m, graph=first + m.graph) for m in other.misses]
         self.graphs += other.graphs
+
+    def as_json(self) -> dict[str, Any]:
+        """The report without its graphs, of plain types."""
+        return {
+            "counts": self.counts,
+            "graphs": len(self.graphs),
+            "matches": [dataclasses.asdict(m) for m in self.matches],
+            "misses": [dataclasses.asdict(m) for m in self.misses],
+        }
 
     def __str__(self) -> str:
         graphs = f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}"

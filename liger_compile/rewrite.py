@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from . import _torch
+from . import _torch, fuel, verify
 from .emit import emit, target_of
 from .graph_terms import GraphTerms
 from .lazy import defer
@@ -65,7 +65,7 @@ def _rewrite_module(
         view.lender = caller if calls[0].target.__name__ in LENDING else None
     changed = _rewrite_bodies(after, view, spellings, options, report)
     found = _find(view, spellings, options, report)
-    changed |= _replace(after, view, found, report)
+    changed |= _replace(after, view, found, options, report)
     if not changed:
         return gm, []
     after.graph.lint()
@@ -200,27 +200,36 @@ def _miss(name: str, node: fx.Node, reason: str, kind: str, nodes: Iterable[fx.N
     return Miss(name, place.source, place.module, reason, kind, place.file, nodes=names)
 
 
-def _replace(gm: fx.GraphModule, view: GraphTerms, found: list[Site], report: Report) -> bool:
+def _replace(gm: fx.GraphModule, view: GraphTerms, found: list[Site], options: Options, report: Report) -> bool:
     """Puts the replacements in and takes the replaced nodes out. Returns whether anything changed."""
     moved: dict[fx.Node, fx.Node] = {}
     changed = False
     for site in found:
         name = site.match.pattern.name
-        place = Place.of(site.outputs[0])
+        nodes = (*site.interior, *site.outputs)
         try:
-            results = emit(view, site, moved)
+            if not fuel.left(options.fuel):
+                raise Illegal(f"liger.fuel={options.fuel} is used up")
+            results, inserted = emit(view, site, moved)
         except Illegal as illegal:
-            nodes = (*site.outputs, *site.interior)
             report.misses.append(_miss(name, site.outputs[0], str(illegal), "left", nodes))
             continue
+        if options.verify:
+            try:
+                results = verify.beside(gm, view, site, inserted, results)
+            except verify.Unverified as unverified:
+                reason = f"is rewritten, but not verified: {unverified}"
+                report.misses.append(_miss(name, site.outputs[0], reason, "left", nodes))
         for result, output in zip(results, site.outputs, strict=True):
             output.replace_all_uses_with(result, propagate_meta=False)
             moved[output] = result
         defer(gm, site, moved)
         target, _ = target_of(site.match.pattern.replacement)
-        nodes = tuple(n.name for n in (*site.interior, *site.outputs))
+        place, names = Place.of(site.outputs[0]), tuple(n.name for n in nodes)
         made = tuple(n.name for n in dict.fromkeys(results))
-        report.matches.append(Rewritten(name, place.module, place.source, str(target), place.file, "", nodes, made))
+        rewritten = Rewritten(name, place.module, place.source, str(target), place.file, nodes=names, made=made)
+        report.matches.append(rewritten)
+        fuel.spend(options.fuel, rewritten)
         changed = True
     dead = {n for site in found if site.outputs[0] in moved for n in (*site.outputs, *site.interior)}
     read: set[fx.Node] = set()
