@@ -70,8 +70,13 @@ def _rewritten(gm: fx.GraphModule, options: Options) -> Report | None:
         log.debug("rewriting failed", exc_info=True)
         return None
     log.info("%s", report)
+    _torch.trace("liger_compile_report", lambda: str(report))
+    _torch.trace("liger_compile_graph", lambda: debug.readable(report.graphs[0].after))
     if options.debug:
-        debug.write(report, options.debug)
+        try:
+            debug.write(report, options.debug)
+        except OSError as error:
+            _warn(f"liger.debug: the report was not written: {error}")
     return report
 
 

@@ -22,12 +22,13 @@ def write(report: Report, folder: bool | str | os.PathLike[str]) -> Path:
         number += 1
     here.mkdir()
     for graph in report.graphs:
-        (here / "before.py").write_text(_readable(graph.before))
-        (here / "after.py").write_text(_readable(graph.after))
+        (here / "before.py").write_text(readable(graph.before))
+        (here / "after.py").write_text(readable(graph.after))
     (here / "report.txt").write_text(f"{report}\n")
     (here / "report.json").write_text(json.dumps(report.as_json(), indent=1))
     return here
 
 
-def _readable(gm: fx.GraphModule) -> str:
+def readable(gm: fx.GraphModule) -> str:
+    """A graph as Python, with shapes, strides and devices."""
     return gm.print_readable(print_output=False, include_stride=True, include_device=True)
