@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import fx
 
@@ -107,6 +109,12 @@ class Report:
         self.matches += [dataclasses.replace(m, graph=first + m.graph) for m in other.matches]
         self.misses += [dataclasses.replace(m, graph=first + m.graph) for m in other.misses]
         self.graphs += other.graphs
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes a page to look at: the graphs before and after, every match and miss with its line of the model."""
+        from .page import page  # which is made of reports
+
+        Path(path).write_text(page(self), encoding="utf-8")
 
     def __str__(self) -> str:
         graphs = f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}"
