@@ -99,7 +99,9 @@ class _Data:
         rewritten = isinstance(site, Rewritten)
         names = {"before": site.nodes, "after": site.made if rewritten else ()}
         numbers = {
-            side: [self.number[key] for name in names[side] if (key := (site.graph, side, site.body, name)) in self.number]
+            side: [
+                self.number[key] for name in names[side] if (key := (site.graph, side, site.body, name)) in self.number
+            ]
             for side in names
         }
         return {
