@@ -97,7 +97,7 @@ class _Data:
 
     def _site(self, site: Rewritten | Miss) -> dict[str, Any]:
         rewritten = isinstance(site, Rewritten)
-        names = {"before": site.nodes, "after": site.made if rewritten else ()}
+        names = {"before": site.nodes, "after": site.made if rewritten else site.nodes}  # what is left keeps its name
         numbers = {
             side: [
                 self.number[key] for name in names[side] if (key := (site.graph, side, site.body, name)) in self.number

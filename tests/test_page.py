@@ -18,6 +18,7 @@ from liger_compile.page import page
 from liger_compile.report import GraphReport, Miss, Rewritten
 
 MEGABYTE = 2**20
+ESCAPE, ENTER, UP, DOWN = "\ue00c", "\ue007", "\ue013", "\ue015"  # as WebDriver names keys
 NASTY = "</script><script>window.broken = 1</script><!-- <img src=x onerror='window.broken = 1'>"
 
 
@@ -76,7 +77,7 @@ def assert_complete(report: Report, data: dict) -> None:
     for site, shown in zip(sites, data["sites"], strict=True):
         assert data["patterns"][shown["pattern"]] == site.pattern and shown["module"] == site.module
         assert names(data, shown["before"]) == list(site.nodes)
-        assert names(data, shown["after"]) == list(getattr(site, "made", ()))
+        assert names(data, shown["after"]) == list(getattr(site, "made", site.nodes))
         source, path, line = data["places"][shown["place"]]
         assert source == site.source and f"{path}:{line}" == site.file
 
@@ -168,6 +169,18 @@ def test_text_is_never_html():
     assert NASTY not in text
 
 
+def test_several_graphs():
+    def broken(x):
+        x = torch.nn.functional.rms_norm(x, (8,))
+        torch._dynamo.graph_break()
+        return torch.nn.functional.rms_norm(x, (8,))
+
+    report = explain(broken)(torch.ones(2, 8))
+    data = data_of(page(report))
+    assert_complete(report, data)
+    assert [s["graph"] for s in data["sites"]] == [0, 1]
+
+
 def test_an_empty_report():
     assert data_of(page(Report()))["graphs"] == []
 
@@ -256,7 +269,7 @@ def test_clicking_a_match(opened, checkpointed):
     assert match.source.partition(": ")[2] in texts(browser, "#detail .marked")[0]
     detail = texts(browser, "#detail dd")
     assert {"swiglu", match.module, match.replacement, match.source, match.file} <= set(detail)
-    press(browser, "\ue00c")
+    press(browser, ESCAPE)
     assert not texts(browser, ".chosen") and not texts(browser, "#detail .marked")
     click(browser, ".row.rewritten")  # from a line of the graph
     assert texts(browser, "#detail .marked") and texts(browser, "#list [aria-current]")
@@ -271,7 +284,8 @@ def test_misses(opened):
     browser = opened(report)
     assert texts(browser, ".row.near")  # a short graph is open
     click(browser, "#list button")
-    assert len(texts(browser, ".row.chosen")) == len(report.misses[0].nodes)
+    for side in (1, 2):
+        assert len(texts(browser, f".pane:nth-child({side}) .row.chosen")) == len(report.misses[0].nodes)
     assert report.misses[0].reason in texts(browser, "#detail dd")
     assert "return x * torch.rsqrt" in texts(browser, "#detail .marked")[0]
 
@@ -279,21 +293,33 @@ def test_misses(opened):
 def test_searching_from_the_keyboard(opened):
     browser = opened(of_llama())
     press(browser, "/", "layers.1.mlp SILU")
-    assert texts(browser, "#hits") == ["2 hits"] or texts(browser, "#hits") == ["1 hit"]
+    assert texts(browser, "#hits") == ["1 hit"]
     assert [t for t in texts(browser, ".section:not([hidden]) > summary") if "model.layers.1" in t]
-    press(browser, "\ue007")
+    press(browser, ENTER)
     assert in_view(browser, ".row.current") == [True] and "silu" in texts(browser, ".row.current")[0]
     assert len(texts(browser, "#list li:not([hidden])")) < len(texts(browser, "#list li"))
-    press(browser, "\ue00c")
+    press(browser, ESCAPE)
     assert texts(browser, "#hits") == [""] and not texts(browser, ".hit") and not texts(browser, "[hidden].section")
-    press(browser, "/", "swiglu", "\ue007", "\ue007")
+    press(browser, "/", "swiglu", ENTER, ENTER)
     assert texts(browser, "#hits")[0].startswith("2 of ")
+
+
+def test_lines_from_the_keyboard(opened):
+    browser = opened(deep())
+    press(browser, "/", "add_99 ", ENTER)
+    browser.execute_script("document.querySelector('.row.current').focus()")
+    press(browser, DOWN, ENTER)  # down to add_100, in the next chunk: a match
+    assert texts(browser, ".row:focus b") == ["add_100"]
+    assert texts(browser, ".row[aria-pressed=true] b") == ["add_100"] * 2
+    press(browser, UP, ENTER)  # up to add_99: a plain line
+    assert texts(browser, "#detail dd")[0] == "add_99" and texts(browser, ".row.chosen b") == ["add_99"]
+    assert "The page of a report" in texts(browser, "#detail .marked")[0]
 
 
 def test_lines_scroll_in_their_pane(opened):
     browser = opened(of_llama(checkpointed=True))
     try:
-        for width in (1400, 900, 500):
+        for width in (1400, 900, 600):
             browser.set_window_size(width, 900)
             click(browser, "#list button")
             script = "return document.documentElement.scrollWidth <= innerWidth"
