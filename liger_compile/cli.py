@@ -20,6 +20,7 @@ import torch
 from .explain import explain
 from .fuel import EVERYTHING, first_to_fail
 from .registry import patterns
+from .report import Report
 
 PACKAGES = ("liger-compile", "torch", "triton", "transformers", "liger-kernel")
 
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--eval", action="store_true", help="in eval mode without labels, instead of a training step")
     command.add_argument("--checkpointed", action="store_true", help="with gradient checkpointing")
     command.add_argument("--json", action="store_true", help="JSON instead of a table")
+    command.add_argument("--html", type=Path, metavar="FILE", help="also write a page to look at, one HTML file")
     command.set_defaults(run=_explain)
     command = commands.add_parser("bisect", help="find the rewrite that makes a command fail")
     command.add_argument("command", nargs=argparse.REMAINDER, help="what to run: `-- python train.py`")
@@ -72,7 +74,17 @@ def _explain(chosen: argparse.Namespace) -> None:
         report = explain(model)(**inputs)
     except Exception as error:
         raise Refused(f"{chosen.model} does not run on the meta device: {type(error).__name__}: {error}") from error
+    if chosen.html:
+        _write_page(report, chosen.html)
     print(json.dumps(report.as_json(), indent=1) if chosen.json else report)
+
+
+def _write_page(report: Report, path: Path) -> None:
+    try:
+        report.to_html(path)
+    except OSError as error:
+        raise Refused(f"--html {path} cannot be written: {error.strerror}") from error
+    print(f"liger-compile: the page is {path.absolute()}", file=sys.stderr)
 
 
 def _load(chosen: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Any]]:

@@ -26,6 +26,7 @@ def write(report: Report, folder: bool | str | os.PathLike[str]) -> Path:
         (here / "after.py").write_text(readable(graph.after))
     (here / "report.txt").write_text(f"{report}\n")
     (here / "report.json").write_text(json.dumps(report.as_json(), indent=1))
+    report.to_html(here / "report.html")
     return here
 
 

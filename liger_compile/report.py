@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import fx
@@ -118,6 +120,12 @@ class Report:
             "misses": [dataclasses.asdict(m) for m in self.misses],
         }
 
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes a page to look at: the graphs before and after, every match and miss with its line of the model."""
+        from .page import page  # which is made of reports
+
+        Path(path).write_text(page(self), encoding="utf-8")
+
     def __str__(self) -> str:
         graphs = f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}"
         lines = [f"liger_compile: {len(self.matches)} rewrite{'s' * (len(self.matches) != 1)} in {graphs}"]
@@ -126,11 +134,11 @@ class Report:
             for name, count in sorted(self.counts.items()):
                 rows.append((name, str(count), _summary([m.module for m in self.matches if m.pattern == name])))
             lines += ["", *_table(rows)]
-        if self.misses:
-            rows = [("left alone", "times", "reason", "source")]
-            grouped = collections.Counter((m.pattern, m.reason, m.source) for m in self.misses)
-            rows += [(p, str(n), reason, source) for (p, reason, source), n in grouped.items()]
-            lines += ["", *_table(rows)]
+        for kind, title in (("left", "left alone"), ("near", "near miss")):
+            grouped = collections.Counter((m.pattern, m.reason, m.source) for m in self.misses if m.kind == kind)
+            rows = [(p, str(n), reason, source) for (p, reason, source), n in grouped.items()]
+            if rows:
+                lines += ["", *_table([(title, "times", "reason", "source"), *rows])]
         return "\n".join(lines)
 
 

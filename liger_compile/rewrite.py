@@ -226,7 +226,7 @@ def _replace(gm: fx.GraphModule, view: GraphTerms, found: list[Site], options: O
         defer(gm, site, moved)
         target, _ = target_of(site.match.pattern.replacement)
         place, names = Place.of(site.outputs[0]), tuple(n.name for n in nodes)
-        made = tuple(n.name for n in dict.fromkeys(results))
+        made = tuple(n.name for n in dict.fromkeys(results if options.verify else inserted))
         rewritten = Rewritten(name, place.module, place.source, str(target), place.file, nodes=names, made=made)
         report.matches.append(rewritten)
         fuel.spend(options.fuel, rewritten)

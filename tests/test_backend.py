@@ -324,7 +324,13 @@ def test_debug_folder(option, configs, tmp_path, monkeypatch):
     root = tmp_path / ("liger_debug" if option is True else "folder")
     assert sorted(p.name for p in root.iterdir()) == ["000", "001"]
     for folder in root.iterdir():
-        assert sorted(p.name for p in folder.iterdir()) == ["after.py", "before.py", "report.json", "report.txt"]
+        assert sorted(p.name for p in folder.iterdir()) == [
+            "after.py",
+            "before.py",
+            "report.html",
+            "report.json",
+            "report.txt",
+        ]
     first, second = ({p.stem: p.read_text() for p in (root / n).iterdir()} for n in ("000", "001"))
     assert "rsqrt: " in first["before"] and "rms_norm" not in first["before"]
     assert "liger_compile.rms_norm.default" in first["after"] and "rsqrt: " not in first["after"]
