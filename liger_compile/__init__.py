@@ -5,16 +5,20 @@ The backend needs no import: installing the package registers it with torch. Wha
 """
 
 from .explain import explain
+from .fuel import bisect
 from .options import Options
 from .registry import make_pattern, pattern, register_pattern
 from .report import Report
 from .rewrite import rewrite
 from .terms import PatternError
+from .verify import VerificationError
 
 __all__ = [
     "Options",
     "PatternError",
     "Report",
+    "VerificationError",
+    "bisect",
     "explain",
     "make_pattern",
     "pattern",

@@ -39,17 +39,19 @@ def liger(
     after = report.graphs[0].after
     if after is gm:
         return _torch.compile_fx(gm, example_inputs, config)
+    if ours.verify:
+        return _lazily(after, lambda gm: gm.forward)
     try:
-        return _compile(after, example_inputs, config)
+        return _lazily(after, lambda gm: _torch.compile_fx(gm, example_inputs, config))
     except Exception as error:
         _warn(f"the rewritten graph does not compile, so the original is used: {type(error).__name__}: {error}")
         return _torch.compile_fx(gm, example_inputs, config)
 
 
-def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
-    """Inductor's code for a rewritten graph, with results on demand made outside of it."""
+def _lazily(gm: fx.GraphModule, compiler: Callable[[fx.GraphModule], Callable[..., Any]]) -> Callable[..., Any]:
+    """A rewritten graph, compiled, with results on demand made outside of it."""
     gm, rebuild = lazy.split(gm)
-    compiled = _torch.compile_fx(gm, example_inputs, config)
+    compiled = compiler(gm)
     if rebuild is None:
         return compiled
 
@@ -68,8 +70,13 @@ def _rewritten(gm: fx.GraphModule, options: Options) -> Report | None:
         log.debug("rewriting failed", exc_info=True)
         return None
     log.info("%s", report)
+    _torch.trace("liger_compile_report", lambda: str(report))
+    _torch.trace("liger_compile_graph", lambda: debug.readable(report.graphs[0].after))
     if options.debug:
-        debug.write(report, options.debug)
+        try:
+            debug.write(report, options.debug)
+        except OSError as error:
+            _warn(f"liger.debug: the report was not written: {error}")
     return report
 
 

@@ -115,8 +115,8 @@ def _full(x: Term, order: tuple[int, ...]) -> tuple[int, ...]:
     return (*range(len(x.shape) - len(order)), *(len(x.shape) + i for i in order))
 
 
-def emit(view: GraphTerms, site: Site, moved: dict[fx.Node, fx.Node]) -> list[fx.Node]:
-    """Inserts the replacement call and returns the nodes that hold its results, one for each of the site's outputs.
+def emit(view: GraphTerms, site: Site, moved: dict[fx.Node, fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Inserts the replacement call; returns the nodes that hold its results, one for each output, and all new ones.
 
     Raises `Illegal`, leaving the graph as it was, if the results are not what they replace.
     """
@@ -135,7 +135,7 @@ def emit(view: GraphTerms, site: Site, moved: dict[fx.Node, fx.Node]) -> list[fx
         raise Illegal(f"the replacement does not take these operands: {type(error).__name__}: {error}") from error
     for node in emitter.inserted[emitter.inserted.index(call) :]:
         tag(node, site.match.pattern.recompute)
-    return results
+    return results, emitter.inserted
 
 
 def _call(emitter: Emitter) -> fx.Node:

@@ -211,6 +211,8 @@ class GraphTerms:
             return False
         if node in self._pieces or (node in self.of and self.of[node].op not in ("leaf", "call")):
             return True
+        if node in self.of and any(self.of.get(i) is self.of[node] for i in node.all_input_nodes):
+            return True  # passes its operand on: .float() of a float32 tensor
         name = call_name(node.target)
         return name is not None and (getattr(operator, name, None) is node.target or _torch.is_pure(name))
 

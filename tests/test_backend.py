@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -323,7 +324,13 @@ def test_debug_folder(option, configs, tmp_path, monkeypatch):
     root = tmp_path / ("liger_debug" if option is True else "folder")
     assert sorted(p.name for p in root.iterdir()) == ["000", "001"]
     for folder in root.iterdir():
-        assert sorted(p.name for p in folder.iterdir()) == ["after.py", "before.py", "report.txt"]
+        assert sorted(p.name for p in folder.iterdir()) == [
+            "after.py",
+            "before.py",
+            "report.html",
+            "report.json",
+            "report.txt",
+        ]
     first, second = ({p.stem: p.read_text() for p in (root / n).iterdir()} for n in ("000", "001"))
     assert "rsqrt: " in first["before"] and "rms_norm" not in first["before"]
     assert "liger_compile.rms_norm.default" in first["after"] and "rsqrt: " not in first["after"]
@@ -341,8 +348,14 @@ def test_no_debug_folder_unless_asked(configs, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_debug_folder_that_cannot_be_written_is_told(configs, logged, tmp_path):
+    (tmp_path / "file").touch()
+    compiled = torch.compile(layer, backend="liger", options={"liger.debug": tmp_path / "file"})
+    assert_like_eager(compiled, layer, operands())
+    assert len(logged) == 1 and "the report was not written" in logged[0]
+
+
 def test_reports_are_logged(configs):
-    """`TORCH_LOGS` knows only torch's loggers; ours is `liger_compile`."""
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append((record.levelname, record.getMessage()))
@@ -355,6 +368,19 @@ def test_reports_are_logged(configs):
         backend.log.setLevel(logging.NOTSET)
     assert [level for level, _ in messages] == ["INFO"]
     assert "2 rewrites in 1 graph" in messages[0][1]
+
+
+def test_torchs_own_logging_and_trace(tmp_path):
+    """`TORCH_LOGS` shows the reports; in a `TORCH_TRACE` they and the graphs are artifacts, for tlparse."""
+    code = "import torch; f = torch.compile(torch.nn.RMSNorm(8), backend='liger', options={'liger.verify': True})"
+    environment = {**os.environ, "TORCH_LOGS": "+liger_compile", "TORCH_TRACE": str(tmp_path)}
+    program = [sys.executable, "-c", f"{code}; f(torch.randn(2, 8))"]
+    result = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+    assert "liger_compile: 1 rewrite in 1 graph" in result.stderr
+    (trace,) = tmp_path.iterdir()
+    trace = trace.read_text()
+    for name, text in (("report", "1 rewrite in 1 graph"), ("graph", "verify_0")):
+        assert f'"artifact": {{"name": "liger_compile_{name}", "encoding": "string"}}' in trace and text in trace
 
 
 # ---- fallbacks -------------------------------------------------------------------------------------------------------

@@ -53,6 +53,21 @@ def test_explain_as_a_table(capsys, config):
     assert "12 rewrites in 1 graph" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flags, begins", [([], "liger_compile: 12 rewrites"), (["--json"], "{")])
+def test_explain_as_a_page(capsys, config, tmp_path, flags, begins):
+    page = tmp_path / "out.html"
+    assert main(["explain", str(config), "--html", str(page), *flags]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(begins) and str(page) in captured.err
+    assert "model.layers.1.mlp" in page.read_text(encoding="utf-8")
+
+
+def test_a_page_that_cannot_be_written(capsys, tmp_path):
+    assert main(["explain", "test_cli:norm", "--html", str(tmp_path / "none" / "out.html")]) == 1
+    captured = capsys.readouterr()
+    assert "out.html cannot be written: No such file or directory" in captured.err and not captured.out
+
+
 class Norm(nn.Module):
     def forward(self, x):
         return nn.functional.rms_norm(x, (8,))

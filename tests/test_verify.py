@@ -1,0 +1,327 @@
+"""`liger.verify` and the search by `liger.fuel`: a wrong kernel, planted in any op, is found."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import relative_error
+from models import batch, build, step
+from torch import nn
+
+import liger_compile
+from liger_compile import fuel, ops
+from liger_compile.cli import main
+
+VERIFIED = {"liger.verify": True}
+
+
+def compiled(function, **options):
+    torch._dynamo.reset()
+    return torch.compile(function, backend="liger", options={**VERIFIED, **options})
+
+
+# ---- right kernels -------------------------------------------------------------------------------------------------
+
+
+HOW = ["f32", "bf16", "checkpointed", "autocast", "padded"]
+
+
+@pytest.mark.parametrize("family, how", [*(("llama", how) for how in HOW), *((f, "f32") for f in ("gemma2", "phi3"))])
+def test_models_pass(family, how):
+    """With the results and gradients of the replacements, not of what they are compared with."""
+    model, inputs = build(family, torch.bfloat16 if how == "bf16" else torch.float32), batch()
+    if how == "checkpointed":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if how == "padded":
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][0, -5:] = 0
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        loss, grads = step(model, compiled(model), inputs)
+        expected, expected_grads = step(model, torch.compile(model, backend="eager"), inputs)
+    tolerance = 1e-4 if how in ("f32", "checkpointed", "padded") else 5e-2
+    assert relative_error(loss, expected) < tolerance
+    for name, grad in expected_grads.items():
+        assert relative_error(grads[name], grad) < tolerance, name
+
+
+def test_everything_is_compared():
+    from helpers import capture
+
+    report = liger_compile.rewrite(capture(build("phi3"), **batch()), liger_compile.Options(verify=True))
+    after = report.graphs[0].after
+    verifiers = [m for name, m in after.named_children() if name.startswith("verify_")]
+    assert len(verifiers) == len(report.matches) > 10 and not report.misses
+    assert not [n for n in after.graph.nodes if "liger_compile" in str(n.target)]
+
+
+def test_what_is_random_is_not_compared_and_said():
+    def attend(q, k, v):
+        mask = torch.ones(8, 8, dtype=torch.bool).tril()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.5)
+
+    from helpers import report_of
+
+    q = torch.randn(1, 2, 8, 4)
+    report = report_of(attend, q, q, q, options=liger_compile.Options(verify=True))
+    assert report.counts == {"attention": 1}
+    assert "not verified: it draws random numbers" in report.misses[0].reason
+
+
+# ---- wrong kernels -------------------------------------------------------------------------------------------------
+
+
+def norm(x, w):
+    h = x.float()
+    return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def rotate_half(x):
+    return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1)
+
+
+def rotate(x, c):
+    return x * c + rotate_half(x) * c
+
+
+def packed(x):
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def loss(h, w, y, reduction="mean"):
+    return F.cross_entropy(F.linear(h, w), y, reduction=reduction)
+
+
+def z_loss(h, w, y):
+    z = F.linear(h, w).float()
+    return F.cross_entropy(z, y) + 1e-2 * torch.logsumexp(z, -1).square().mean()
+
+
+def windowed(q, k, v):
+    i = torch.arange(q.shape[-2])
+    mask = (i[None] <= i[:, None]) & (i[None] > i[:, None] - 3)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def some(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+Y = torch.tensor([1, 3, -100, 0, 7, 7])
+C = torch.randn(5, 8)
+X = (some(6, 8), some(6, 8))
+HEAD = (some(6, 8), some(9, 8), Y)
+FUSED = (some(6, 8, dtype=torch.bfloat16), some(9, 8, dtype=torch.bfloat16), Y)
+PLANTED = {
+    # op: (pattern, function, operands)
+    "rms_norm": ("rms_norm", norm, (some(6, 8), some(8))),
+    "rms_norm_backward": ("rms_norm", norm, (some(6, 8), some(8))),
+    "glu": ("swiglu", lambda g, u: F.silu(g) * u, X),
+    "glu_backward": ("swiglu", lambda g, u: F.silu(g) * u, X),
+    "packed_glu": ("packed_swiglu", packed, (some(6, 8),)),
+    "packed_glu_backward": ("packed_swiglu", packed, (some(6, 8),)),
+    "rope": ("rope", lambda x: rotate(x, C), (some(2, 5, 8),)),
+    "rope_backward": ("rope", lambda x: rotate(x, C), (some(2, 5, 8),)),
+    "rope_pair": ("rope", lambda q, k: (rotate(q, C), rotate(k, C)), (some(2, 5, 8), some(2, 5, 8))),
+    "rope_pair_backward": ("rope", lambda q, k: (rotate(q, C), rotate(k, C)), (some(2, 5, 8), some(2, 5, 8))),
+    "masked_attention": ("attention", windowed, (some(1, 2, 8, 4), some(1, 2, 8, 4), some(1, 2, 8, 4))),
+    "linear_cross_entropy_forward": ("linear_cross_entropy", loss, HEAD),
+    "linear_cross_entropy_backward": ("linear_cross_entropy", loss, HEAD),
+    "linear_cross_entropy_from_logits": ("linear_cross_entropy", z_loss, HEAD),
+    "fused_loss": ("linear_cross_entropy", lambda *o: loss(*o, "none"), FUSED),
+    "fused_loss_backward": ("linear_cross_entropy", lambda *o: loss(*o, "none"), FUSED),
+    "fused_loss_and_gradients": ("linear_cross_entropy", loss, FUSED),
+    "label_sums": ("linear_cross_entropy", loss, FUSED),
+}
+COMPOSED = {"linear_cross_entropy", "linear_cross_entropy_lse"}
+"""Ops that have no kernel but those of others."""
+
+
+@pytest.fixture
+def planted(request, monkeypatch):
+    """An op whose first result is half too large in places; FlexAttention and the fused loss on this device."""
+    assert ops.rms_norm is torch.ops.liger_compile.rms_norm.default  # importing them has defined them
+    op = getattr(torch.ops.liger_compile, request.param).default
+    monkeypatch.setattr("liger_compile.patterns.attention._unfit", lambda match, seen: None)
+    module = importlib.import_module("liger_compile.ops.linear_cross_entropy")
+    monkeypatch.setattr(module, "_can_fuse", lambda h, w, s: h.dtype is torch.bfloat16 and "fused" in loss_kind)
+    loss_kind = "fused" if request.param.startswith("fused") or request.param == "label_sums" else ""
+    others = torch._C.DispatchKeySet(torch._C.DispatchKey.XLA)  # its kernel is the one of every device but CUDA
+
+    def wrong(*args, **kwargs):
+        made = op.redispatch(others, *args, **kwargs)
+        first = next(m for m in (made if isinstance(made, tuple) else (made,)) if m.numel() and m.is_floating_point())
+        with torch.no_grad():
+            first.detach().view(-1)[: max(first.numel() // 6, 1)].mul_(1.5)
+        return made
+
+    library = torch.library.Library("liger_compile", "IMPL")
+    library.impl(request.param, wrong, "CPU")
+    yield request.param
+    library._destroy()
+
+
+def test_every_op_is_planted():
+    names = {n.partition("::")[2] for n in torch._C._dispatch_get_all_op_names() if n.startswith("liger_compile::")}
+    assert set(PLANTED) == names - COMPOSED
+
+
+@pytest.mark.parametrize("planted", PLANTED, indirect=True)
+def test_a_wrong_kernel_is_named(planted):
+    pytest.importorskip("triton")
+    pattern, function, operands = PLANTED[planted]
+    with pytest.raises(liger_compile.VerificationError, match=rf"^{pattern}.*test_verify.py.*is off by") as raised:
+        results = compiled(function)(*operands)
+        sum(r.float().square().sum() for r in (results if isinstance(results, tuple) else (results,))).backward()
+    kind = "the gradient of" if "backward" in planted or planted == "label_sums" else ""
+    assert kind in str(raised.value) and f'"liger.disable": ["{pattern}"]' in str(raised.value)
+
+
+@pytest.mark.parametrize("planted", ["rms_norm_backward", "glu"], indirect=True)
+def test_bisection_finds_it_in_a_model(planted):
+    model, inputs = build("llama", num_hidden_layers=1), batch()
+    _, gradients = step(model, model, inputs)
+
+    def works(options):
+        backend = functools.partial(uncompiled, options=options)
+        _, grads = step(model, torch.compile(model, backend=backend), inputs)
+        return all(relative_error(grads[n], g) < 1e-3 for n, g in gradients.items())
+
+    found = liger_compile.bisect(works)
+    expected = {"rms_norm_backward": ("rms_norm", "model.layers.0.input_layernorm")}
+    assert (found.pattern, found.module) == expected.get(planted, ("swiglu", "model.layers.0.mlp"))
+
+
+def uncompiled(gm, example_inputs, *, options):
+    """The backend without Inductor."""
+    from liger_compile.options import split_options
+
+    after = liger_compile.rewrite(gm, split_options(options)[0]).graphs[0].after
+    return torch._dynamo.lookup_backend("aot_eager")(after, example_inputs)
+
+
+# ---- fuel ----------------------------------------------------------------------------------------------------------
+
+
+def two(x, w):
+    return norm(norm(x, w), w)
+
+
+@pytest.fixture(autouse=True)
+def full():
+    fuel.reset()
+    yield
+    fuel.reset()
+
+
+@pytest.mark.parametrize("limit, made", [(0, 0), (1, 1), (2, 2), (9, 2), (None, 2)])
+def test_fuel(limit, made):
+    from helpers import report_of
+
+    options = liger_compile.Options(fuel=limit)
+    report = report_of(two, some(3, 8), some(8), options=options)
+    assert len(report.matches) == made
+    assert [m.reason for m in report.misses] == [f"liger.fuel={limit} is used up"] * (2 - made)
+
+
+def test_fuel_is_counted_over_graphs():
+    from helpers import report_of
+
+    counts = [len(report_of(two, some(3, 8), some(8), options=liger_compile.Options(fuel=3)).matches) for _ in range(3)]
+    assert counts == [2, 1, 0]
+
+
+@pytest.mark.parametrize("bad", range(1, 8))
+def test_first_to_fail(bad):
+    asked = []
+    assert fuel.first_to_fail(lambda n: asked.append(n) or n < bad, 7) == bad
+    assert len(asked) <= 3 and not {0, 7} & set(asked)
+
+
+@pytest.mark.parametrize("outcome, message", [(True, "there is nothing to find"), (False, "the fault is elsewhere")])
+def test_nothing_to_bisect(outcome, message):
+    with pytest.raises(ValueError, match=message):
+        liger_compile.bisect(lambda options: outcome)
+
+
+PROGRAM = """
+    import sys, torch, liger_compile
+    from torch import nn
+
+    @torch.library.custom_op("mine::relu2", mutates_args=())
+    def relu2(x: torch.Tensor) -> torch.Tensor:
+        return x.relu().square() {fault}
+
+    relu2.register_fake(torch.empty_like)
+
+    @liger_compile.pattern(replace=relu2, name="relu2")
+    def pattern(x):
+        return torch.relu(x).square()
+
+    class Block(nn.Module):
+        def forward(self, x):
+            return torch.relu(x[:, 1:]).square()
+
+    model, x = nn.Sequential(Block(), Block(), Block()), torch.randn(4, 8)
+    {change}
+    with torch.no_grad():
+        right = torch.allclose(torch.compile(model, backend="liger")(x), model(x), rtol=1e-3, atol=1e-5)
+    sys.exit(0 if right else 1)
+"""
+
+
+def program(tmp_path, fault="", change=""):
+    path = tmp_path / "program.py"
+    path.write_text(textwrap.dedent(PROGRAM.format(fault=fault, change=change)))
+    return ["bisect", "--", sys.executable, str(path)]
+
+
+def test_bisect_a_command(tmp_path, capsys):
+    """Each run is a process of its own, as a training script would be."""
+    assert main(program(tmp_path, fault="+ (x.shape[1] == 6)")) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("rewrite 2 of 3: relu2 in 1 (program.py:") and "x[:, 1:]" in captured.out
+    assert "0 rewrites: works" in captured.err
+
+
+@pytest.mark.parametrize(
+    "fault, change, message",
+    [
+        ("", "", "it works with all rewrites"),
+        ("", "sys.exit(1)", "it fails without any rewrite too"),
+    ],
+)
+def test_bisect_refuses(tmp_path, capsys, fault, change, message):
+    assert main(program(tmp_path, fault, change)) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_bisect_without_a_command(capsys):
+    assert main(["bisect"]) == 1 and main(["bisect", "--", "no-such-command"]) == 1
+    captured = capsys.readouterr().err
+    assert "give the command to run" in captured and "no-such-command does not start" in captured
+
+
+def test_options_from_the_environment(tmp_path):
+    """For programs that cannot be changed."""
+    code = "import torch; f = torch.compile(torch.nn.RMSNorm(8), backend='liger'); f(torch.randn(2, 8))"
+    environment = {**os.environ, "LIGER_COMPILE_FUEL": "0", "LIGER_COMPILE_DEBUG": str(tmp_path / "debug")}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    report = json.loads((tmp_path / "debug" / "000" / "report.json").read_text())
+    assert not report["counts"] and report["misses"][0]["reason"] == "liger.fuel=0 is used up"
+
+
+@pytest.mark.parametrize("value", ["-1", "many", "1.5"])
+def test_fuel_in_the_environment_is_checked(value, monkeypatch):
+    monkeypatch.setenv("LIGER_COMPILE_FUEL", value)
+    with pytest.raises(Exception, match=r"liger\.fuel: how many places to rewrite"):
+        torch.compile(nn.RMSNorm(8), backend="liger")(torch.randn(2, 8))
