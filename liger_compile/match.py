@@ -339,11 +339,18 @@ class Matcher:
         if t.op == "cast":
             for s in self._expect(dtype, t.dtype, state.pair(p, t), t):
                 yield from self._unify(inner, t.args[0], s, t, None)
+        if isinstance(dtype, Expr) and dtype.fn == "operand" and self._only_cast(t):
+            return  # any dtype would do for what is cast behind: the pattern's cast is that one
         promoted = context is not None and same(dtype, context) and t.is_float and t.dtype in _HALF
         lower = self.relaxed and dtype is torch.float32 and t.dtype in _HALF
         paired = state.pair(p, t)
         for unchanged in [paired] if promoted or lower else self._expect(dtype, t.dtype, paired, t):
             yield from self._unify(inner, t, unchanged, t, context)
+
+    def _only_cast(self, t: Term) -> bool:
+        """Whether all that the graph does with a value is to cast it."""
+        read = [self.view.of.get(user) for node in self.view.carriers.get(t, ()) for user in node.users]
+        return bool(read) and all(r is not None and r.op == "cast" and r.args[0] is t for r in read)
 
     def _other_operation(self, p: Term, t: Term, state: _State, inside: Term) -> Iterator[_State]:
         noted = list(self._differs(state, p, t, inside))

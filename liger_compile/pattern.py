@@ -209,6 +209,7 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def where(function: Callable[..., Any]) -> str:
+    """How messages call a pattern's function: its name, file and line."""
     code = getattr(function, "__code__", None)
     at = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
     return f"pattern {getattr(function, '__name__', function)!r}{at}"
@@ -218,8 +219,10 @@ _SCALARS = {"float", "int", "number", "bool", "SymInt", "Scalar"}
 
 
 def _kinds(pattern: Pattern) -> dict[str, str]:
-    """ "tensor", "scalar" or "dtype", with "?" if it may be None, as far as the replacement's schema or annotations
-    tell."""
+    """What operands are, as far as the replacement's schema or annotations tell.
+
+    "tensor", "scalar" or "dtype", with "?" if it may be None.
+    """
     target, _ = target_of(pattern.replacement)
     kinds: dict[str, str] = {}
     if isinstance(target, torch._ops.OpOverload):

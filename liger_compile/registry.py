@@ -53,7 +53,8 @@ def register_pattern(
             returns. `functools.partial` fixes further arguments. It must run on tensors without data: a kernel needs
             `torch.library`.
         check: given the `Match`, returns None, the reason why this match must be left alone, or a dictionary of
-            operands by name: further ones for the replacement, or others in place of those captured.
+            operands by name: further ones for the replacement, whose parameters for them need defaults, or others in
+            place of those captured.
         name: what reports call the pattern; the function's name by default. Functions that share a name are spellings
             of one pattern.
         recompute: whether the backward may run the replacement again instead of keeping its result.
@@ -64,6 +65,7 @@ def register_pattern(
             some that need none, `make.integers(high, *shape)` whole numbers below `high`. They buy a check, made at
             once and without computing anything: that the replacement's results have the number, shapes, dtypes,
             strides and device of the function's, which finds an op with a wrong fake. Without them nothing can be run.
+            What `check` would provide is left at its default.
         priority: patterns of higher priority are tried first; of equal ones, the one with more operations. With 1, a
             pattern comes before all that are shipped, whatever they match.
 

@@ -17,6 +17,8 @@ PREAMBLE = {
     "README.md": "import torch; model = torch.nn.RMSNorm(8, eps=1e-6)",
 }
 """What a page takes for granted."""
+SHOWS_OUTPUT = {"patterns.md"}
+"""Pages on which a block without a language is what their code prints."""
 
 
 def blocks(text: str, language: str) -> list[tuple[int, str]]:
@@ -49,12 +51,15 @@ def test_pages_are_found():
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: p.name)
-def test_python(page, registered):
+def test_python(page, registered, capsys):
     if "triton" in page.read_text():
         pytest.importorskip("triton")
     namespace = {"__name__": f"page_{page.stem}"}
     exec(PREAMBLE.get(page.name, ""), namespace)
     exec(compile(program(page.read_text()), str(page), "exec"), namespace)
+    printed = capsys.readouterr().out
+    for _, block in blocks(page.read_text(), "") if page.name in SHOWS_OUTPUT else ():
+        assert block in printed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

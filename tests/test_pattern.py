@@ -461,6 +461,7 @@ def test_a_dtype_is_an_operand(dtype):
     report = found(rounded, lambda x, dtype: x.cos().to(dtype), lambda x: x.sin().to(dtype), x)
     assert report.counts == {"mine": 1}, report
     assert torch.equal(report.graphs[0].after(x)[0], x.cos().to(dtype))
+    assert len(report.graphs[0].after.graph.nodes) == 3 + (dtype is x.dtype)  # no cast behind it, but for an idle one
 
 
 def test_a_dtype_used_twice_is_the_same():

@@ -6,6 +6,8 @@ All compute twice what the pattern does, so that a test sees that they ran.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -156,3 +158,34 @@ def test_a_lambda_without_source_can_be_printed(monkeypatch):
     """As in a session that keeps no source: the graph that is compiled is printed by FX."""
     replacement = eval("lambda x, w: 2 * torch.relu(x) ** 2 * w", {"torch": torch, "__name__": "__main__"})
     test_compiled(replacement, monkeypatch)
+
+
+TRACED = """
+import sys
+import torch
+from test_replacements import INTERPRETED, examples, kernel, squared_relu
+from torch._dynamo.backends.common import aot_autograd
+from liger_compile import make_pattern, registered, rewrite
+
+def stop(gm, inputs):
+    print([str(n.target) for n in gm.graph.nodes if n.op == "call_function"])
+    sys.exit()
+
+def backend(gm, inputs):
+    report = rewrite(gm)
+    print(report.counts)
+    return aot_autograd(fw_compiler=stop)(report.graphs[0].after, inputs)
+
+assert not INTERPRETED
+with registered(make_pattern(squared_relu, kernel, examples=examples)):
+    torch.compile(squared_relu, backend=backend)(torch.randn(3, 4), torch.randn(3, 4))
+"""
+
+
+def test_a_triton_op_is_traced_to_its_kernel():
+    """What compiling it needs, as far as that goes without a GPU: interpreted kernels are in an opaque op above."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+    run = subprocess.run([sys.executable, "-c", TRACED], env=environment, capture_output=True, text=True)
+    counts, targets = run.stdout.splitlines()
+    assert counts == "{'squared_relu': 1}" and "triton_kernel_wrapper" in targets, run.stderr[-2000:]
