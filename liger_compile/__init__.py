@@ -1,13 +1,14 @@
 """torch.compile(model, backend="liger"): hand-written Triton kernels for any model, found by matching its maths.
 
 The backend needs no import: installing the package registers it with torch. What is here is for looking at what it does
-(`explain`, `rewrite`) and for adding to it (`pattern`, `register_pattern`).
+(`explain`, `rewrite`) and for adding to it (`pattern`, `register_pattern`,
+`registered`, `unregister_pattern`).
 """
 
 from .explain import explain
 from .fuel import bisect
 from .options import Options
-from .registry import make_pattern, pattern, register_pattern
+from .registry import make_pattern, pattern, register_pattern, registered, unregister_pattern
 from .report import Report
 from .rewrite import rewrite
 from .terms import PatternError
@@ -23,6 +24,8 @@ __all__ = [
     "make_pattern",
     "pattern",
     "register_pattern",
+    "registered",
     "rewrite",
+    "unregister_pattern",
 ]
 __version__ = "0.1.0"

@@ -70,6 +70,13 @@ def is_plain_tensor(value: Any) -> bool:
     return type(value) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
+def fake_mode() -> Any:
+    """A mode in which tensors have no data, as those that a graph is compiled with. Checked on 2.13."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
 def run_on_fakes(node: torch.fx.Node, value_of: Any) -> Any:
     """The example value of a new node, computed from those of its arguments.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 
 from torch import fx
@@ -39,7 +40,7 @@ def rewrite(gm: fx.GraphModule, options: Options | None = None) -> Report:
     report = Report()
     options = options or Options()
     enabled = [p for p in patterns(options.patterns) if options.wants(p.name)]
-    spellings = sorted((s for p in enabled for s in p.spellings), key=lambda s: -s.operations)
+    spellings = sorted((s for p in enabled for s in p.spellings), key=lambda s: (-s.pattern.priority, -s.operations))
     after, _ = _rewrite_module(gm, spellings, options, report)
     report.graphs.append(GraphReport(gm, after))
     return report
@@ -102,12 +103,16 @@ def _inside(name: str, body: str) -> str:
 
 
 def _find(view: GraphTerms, spellings: list[Spelling], options: Options, report: Report) -> list[Site]:
-    """The sites to rewrite: widest patterns first, no two on the same nodes. Notes what is left alone and why."""
+    """The sites to rewrite, no two on the same nodes. Notes what is left alone and why.
+
+    Patterns of one priority are tried widest first, exact matches before relaxed ones.
+    """
     found: list[Site] = []
     taken = _Taken(view)
     refused: dict[tuple[str, frozenset[fx.Node]], Miss] = {}
-    for matcher in (Matcher(view, options), Matcher(view, options, relaxed=True)):
-        for spelling in spellings:
+    matchers = (Matcher(view, options), Matcher(view, options, relaxed=True))
+    for _, group in itertools.groupby(spellings, key=lambda s: s.pattern.priority):
+        for matcher, spelling in itertools.product(matchers, tuple(group)):
             for anchor in matcher.anchors(spelling.roots[0]):
                 if anchor in taken.terms:
                     continue
