@@ -1,8 +1,8 @@
 """torch.compile(model, backend="liger"): hand-written Triton kernels for any model, found by matching its maths.
 
 The backend needs no import: installing the package registers it with torch. What is here is for looking at what it does
-(`explain`, `rewrite`) and for adding to it (`pattern`, `register_pattern`,
-`registered`, `unregister_pattern`).
+(`explain`, `rewrite`), for finding what is wrong (`bisect`), and for adding to it (`pattern`, `register_pattern`,
+`make_pattern`, `registered`, `unregister_pattern`).
 """
 
 from .explain import explain

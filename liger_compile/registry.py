@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from . import trial
-from .emit import parameters_of, target_of
-from .pattern import Check, Examples, Pattern, where
+from .emit import parameters_of
+from .pattern import Check, Examples, Pattern, target_of, where
 from .terms import PatternError
 
 log = logging.getLogger("liger_compile")

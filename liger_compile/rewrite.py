@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from torch import fx
 
 from . import _torch, fuel, verify
-from .emit import emit, target_of
+from .emit import emit
 from .graph_terms import GraphTerms
 from .lazy import defer
 from .legality import Illegal, Site, check, sites
 from .match import Matcher, NearMiss
 from .options import Options
-from .pattern import Spelling
+from .pattern import Spelling, target_of
 from .registry import patterns
 from .report import GraphReport, Miss, Place, Report, Rewritten
 from .terms import Term

@@ -72,7 +72,7 @@ def _derived(nodes: Iterable[fx.Node], operands: dict[fx.Node, None], order: dic
 
     def hangs(node: fx.Node) -> bool:
         if node not in known:
-            known[node] = order[node] > first and any([hangs(i) for i in node.all_input_nodes])
+            known[node] = order[node] > first and max(map(hangs, node.all_input_nodes), default=False)  # all are noted
         return known[node]
 
     for node in _read_by(nodes):

@@ -331,12 +331,13 @@ def test_debug_folder(option, configs, tmp_path, monkeypatch):
             "report.json",
             "report.txt",
         ]
-    first, second = ({p.stem: p.read_text() for p in (root / n).iterdir()} for n in ("000", "001"))
-    assert "rsqrt: " in first["before"] and "rms_norm" not in first["before"]
-    assert "liger_compile.rms_norm.default" in first["after"] and "rsqrt: " not in first["after"]
-    assert "f32[6, 8]" in first["before"] and "f32[6, 8]" in first["after"]
-    assert first["report"].startswith("liger_compile: 1 rewrite in 1 graph") and "rms_norm" in first["report"]
-    assert second["before"] == second["after"] and "relu" in second["report"]
+    first, second = ({p.name: p.read_text() for p in (root / n).iterdir()} for n in ("000", "001"))
+    assert "rsqrt: " in first["before.py"] and "rms_norm" not in first["before.py"]
+    assert "liger_compile.rms_norm.default" in first["after.py"] and "rsqrt: " not in first["after.py"]
+    assert "f32[6, 8]" in first["before.py"] and "f32[6, 8]" in first["after.py"]
+    assert first["report.txt"].startswith("liger_compile: 1 rewrite in 1 graph")
+    assert all("rms_norm" in first[f"report.{kind}"] for kind in ("txt", "json", "html"))
+    assert second["before.py"] == second["after.py"] and "relu" in second["report.txt"]
     torch._dynamo.reset()
     torch.compile(two_graphs, backend="liger", options={"liger.debug": option})(*operands())
     assert len(list(root.iterdir())) == 4  # nothing is overwritten
