@@ -19,8 +19,9 @@ import torch
 
 from .explain import explain
 from .fuel import EVERYTHING, first_to_fail
+from .pattern import name_of, target_of
 from .registry import patterns
-from .report import Report
+from .report import Report, table
 
 PACKAGES = ("liger-compile", "torch", "triton", "transformers", "liger-kernel")
 
@@ -163,7 +164,8 @@ def _bisect(chosen: argparse.Namespace) -> None:
 
         if works(EVERYTHING, LIGER_COMPILE_DEBUG=folder):
             raise Refused("it works with all rewrites; there is nothing to find")
-        reports = [json.loads(p.read_text()) for p in sorted(Path(folder).glob("*/report.json"))]
+        folders = sorted(Path(folder).iterdir(), key=lambda p: int(p.name))
+        reports = [json.loads((p / "report.json").read_text()) for p in folders]
     matches = [m for r in reports for m in r["matches"]]
     if not works(0):
         raise Refused("it fails without any rewrite too; the fault is elsewhere")
@@ -175,9 +177,13 @@ def _bisect(chosen: argparse.Namespace) -> None:
 
 
 def _patterns(chosen: argparse.Namespace) -> None:
+    rows = [("pattern", "function", "defined in", "priority", "replacement")]
     for pattern in patterns():
-        code = pattern.function.__code__
-        print(f"{pattern.name:24}{pattern.function.__name__:32}{Path(code.co_filename).name}:{code.co_firstlineno}")
+        code = getattr(pattern.function, "__code__", None)
+        place = f"{Path(code.co_filename).name}:{code.co_firstlineno}" if code is not None else ""
+        target, _ = target_of(pattern.replacement)
+        rows.append((pattern.name, name_of(pattern.function), place, str(pattern.priority), name_of(target)))
+    print("\n".join(table(rows)))
 
 
 def _env(chosen: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from . import __version__
+from .pattern import name_of
 from .report import GraphReport, Miss, Place, Report, Rewritten
 
 CONTEXT = 3
@@ -173,9 +174,7 @@ def _type_of(value: Any) -> str:
 def _operation(node: fx.Node) -> str:
     if node.op in ("placeholder", "get_attr", "output"):
         return node.op
-    if isinstance(node.target, str):
-        return node.target
-    return str(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.target.__name__
+    return node.target if isinstance(node.target, str) else name_of(node.target)
 
 
 def _arguments(node: fx.Node) -> str:

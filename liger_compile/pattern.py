@@ -75,6 +75,11 @@ def target_of(replacement: Callable[..., Any]) -> tuple[Callable[..., Any], dict
     return replacement, fixed
 
 
+def name_of(target: Callable[..., Any]) -> str:
+    """How reports and messages call what is called in a graph: `mine.squared_relu.default`, `my_function`."""
+    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", repr(target))
+
+
 @functools.cache
 def _named(function: Callable[..., Any]) -> Callable[..., Any]:
     """A lambda as a function that FX can print: it looks for the source of a lambda, which a session may not have."""

@@ -133,12 +133,12 @@ class Report:
             rows = [("pattern", "rewrites", "in modules")]
             for name, count in sorted(self.counts.items()):
                 rows.append((name, str(count), _summary([m.module for m in self.matches if m.pattern == name])))
-            lines += ["", *_table(rows)]
+            lines += ["", *table(rows)]
         for kind, title in (("left", "left alone"), ("near", "near miss")):
             grouped = collections.Counter((m.pattern, m.reason, m.source) for m in self.misses if m.kind == kind)
             rows = [(p, str(n), reason, source) for (p, reason, source), n in grouped.items()]
             if rows:
-                lines += ["", *_table([(title, "times", "reason", "source"), *rows])]
+                lines += ["", *table([(title, "times", "reason", "source"), *rows])]
         return "\n".join(lines)
 
 
@@ -149,7 +149,8 @@ def _summary(modules: list[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
+def table(rows: list[tuple[str, ...]]) -> list[str]:
+    """The lines of a table whose first row is its head."""
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
     return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]

@@ -15,7 +15,7 @@ from .lazy import defer
 from .legality import Illegal, Site, check, sites
 from .match import Matcher, NearMiss
 from .options import Options
-from .pattern import Spelling, target_of
+from .pattern import Spelling, name_of, target_of
 from .registry import patterns
 from .report import GraphReport, Miss, Place, Report, Rewritten
 from .terms import Term
@@ -232,7 +232,8 @@ def _replace(gm: fx.GraphModule, view: GraphTerms, found: list[Site], options: O
         target, _ = target_of(site.match.pattern.replacement)
         place, names = Place.of(site.outputs[0]), tuple(n.name for n in nodes)
         made = tuple(n.name for n in dict.fromkeys(results if options.verify else inserted))
-        rewritten = Rewritten(name, place.module, place.source, str(target), place.file, nodes=names, made=made)
+        called = name_of(target)
+        rewritten = Rewritten(name, place.module, place.source, called, place.file, nodes=names, made=made)
         report.matches.append(rewritten)
         fuel.spend(options.fuel, rewritten)
         changed = True

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _torch
 from .emit import arguments, same_layout
-from .pattern import Pattern, Spelling, where
+from .pattern import Pattern, Spelling, name_of, where
 from .terms import PatternError
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -102,7 +102,7 @@ def _results(spelling: Spelling, operands: dict[str, Any], at: str) -> tuple[Any
         return _tuple(target(**given))
     except Exception as error:
         raise PatternError(
-            f"{where(spelling.pattern.function)}: the replacement {_name(target)} cannot be run {at}, on tensors "
+            f"{where(spelling.pattern.function)}: the replacement {name_of(target)} cannot be run {at}, on tensors "
             f"without data, as compilation does: {type(error).__name__}: {error}; give the op a fake that takes these "
             "operands (register_fake), or wrap a kernel in torch.library.custom_op or triton_op"
         ) from error
@@ -110,7 +110,7 @@ def _results(spelling: Spelling, operands: dict[str, Any], at: str) -> tuple[Any
 
 def _compare(spelling: Spelling, results: tuple[Any, ...], expected: tuple[Any, ...], at: str) -> None:
     target, _ = arguments(spelling, {})
-    place = f"{where(spelling.pattern.function)}: the replacement {_name(target)}"
+    place = f"{where(spelling.pattern.function)}: the replacement {name_of(target)}"
     says = "its fake says" if isinstance(target, torch._ops.OpOverload) else "it gives"
     change = "correct its fake (register_fake), or what it returns"
     if len(results) != len(expected):
@@ -141,9 +141,3 @@ _PROPERTIES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor, Tensor],
 
 def _tuple(results: Any) -> tuple[Any, ...]:
     return tuple(results) if isinstance(results, (tuple, list)) else (results,)
-
-
-def _name(target: Callable[..., Any]) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        return target.name()
-    return getattr(target, "__name__", None) or repr(target)

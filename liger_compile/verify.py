@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .graph_terms import GraphTerms, call_name
+from .lazy import autocast_state
 from .legality import Site
 from .report import Place
 
@@ -120,8 +121,8 @@ class Verifier(nn.Module):
         self.label, self.names, self.before, self.after = label, names, before, after
 
     def forward(self, *inputs: Any) -> Any:
-        if any(isinstance(i, Tensor) and type(i) not in (Tensor, nn.Parameter) for i in inputs):
-            results = self.after(*inputs)  # a compiler is tracing: there are no values to compare
+        if any(isinstance(i, Tensor) and (i.is_meta or type(i) not in (Tensor, nn.Parameter)) for i in inputs):
+            results = self.after(*inputs)  # a compiler is tracing, or it is explained: there are no values to compare
         else:
             results = _Verified.apply(self, *inputs)
         return results[0] if len(results) == 1 else results
@@ -139,7 +140,7 @@ class Verifier(nn.Module):
 
     def _check(self, name: str, made: Tensor, replaced: Tensor, exact: Tensor) -> None:
         found = f"{self.label}: {name} {list(made.shape)} {made.dtype}"
-        advice = f'; options={{"liger.disable": ["{self.label.split()[0]}"]}} leaves it alone. Please report it'
+        advice = f'; options={{"liger.disable": ["{self.label.split()[0]}"]}} leaves it alone'
         if made.shape != replaced.shape or made.dtype is not replaced.dtype:
             raise VerificationError(f"{found} should be {list(replaced.shape)} {replaced.dtype}{advice}")
         ours, theirs = _error(made, exact), _error(replaced, exact)
@@ -166,7 +167,8 @@ class _Verified(torch.autograd.Function):
         ctx.tensors = [isinstance(i, Tensor) for i in inputs]
         ctx.rest = [None if isinstance(i, Tensor) else i for i in inputs]
         ctx.save_for_backward(*(i for i in inputs if isinstance(i, Tensor)))
-        ctx.autocast = [_autocast(d) for d in {i.device.type for i in inputs if isinstance(i, Tensor)}]
+        devices = {i.device.type for i in inputs if isinstance(i, Tensor)}
+        ctx.autocast = [state for d in devices if (state := autocast_state(d)) is not None]
         ctx.set_materialize_grads(False)
 
         def results(function: Callable[..., Any], wide: bool) -> Sequence[Any]:
@@ -210,13 +212,6 @@ def _own(inputs: Sequence[Any], needed: Sequence[bool], wide: bool) -> list[Any]
 
 def _results(module: fx.GraphModule) -> int:
     return len(next(n for n in module.graph.nodes if n.op == "output").args[0])
-
-
-def _autocast(device: str) -> dict[str, Any]:
-    enabled = torch.is_autocast_enabled(device)
-    return {"device_type": device, "enabled": enabled} | (
-        {"dtype": torch.get_autocast_dtype(device)} if enabled else {}
-    )
 
 
 def _widened(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -119,8 +120,17 @@ def test_wrong_usage():
 
 def test_patterns(capsys):
     assert main(["patterns"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["pattern", "function", "defined", "in", "priority", "replacement"]
     assert [line.split()[:2] for line in lines] == [[p.name, p.function.__name__] for p in patterns()]
+    assert re.fullmatch(r"swiglu +swiglu +glu\.py:\d+ +0 +liger_compile\.glu\.default", lines[5])
+
+
+def test_a_pattern_of_ones_own_is_listed(capsys, registered):
+    liger_compile.register_pattern(lambda x: x.sin().exp(), lambda x: x.clone(), name="mine", priority=2)
+    assert main(["patterns"]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"mine +<lambda> +test_cli\.py:\d+ +2 +replacement", last)
 
 
 def test_env():

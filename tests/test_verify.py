@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import os
@@ -13,13 +12,14 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import relative_error
+from helpers import capture, relative_error, report_of, rewritten
 from models import batch, build, step
 from torch import nn
 
 import liger_compile
 from liger_compile import fuel, ops
 from liger_compile.cli import main
+from liger_compile.options import split_options
 
 VERIFIED = {"liger.verify": True}
 
@@ -54,8 +54,6 @@ def test_models_pass(family, how):
 
 
 def test_everything_is_compared():
-    from helpers import capture
-
     report = liger_compile.rewrite(capture(build("phi3"), **batch()), liger_compile.Options(verify=True))
     after = report.graphs[0].after
     verifiers = [m for name, m in after.named_children() if name.startswith("verify_")]
@@ -67,8 +65,6 @@ def test_what_is_random_is_not_compared_and_said():
     def attend(q, k, v):
         mask = torch.ones(8, 8, dtype=torch.bool).tril()
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.5)
-
-    from helpers import report_of
 
     q = torch.randn(1, 2, 8, 4)
     report = report_of(attend, q, q, q, options=liger_compile.Options(verify=True))
@@ -186,14 +182,52 @@ def test_a_wrong_kernel_is_named(planted):
     assert kind in str(raised.value) and f'"liger.disable": ["{pattern}"]' in str(raised.value)
 
 
+def uncompiled(function, options):
+    """`function` by the backend without Inductor."""
+    return torch.compile(function, backend=rewritten(options=split_options(options)[0]))
+
+
+def sine(x):
+    return x.sin().exp()
+
+
+SINE = liger_compile.make_pattern(sine, lambda x: torch.exp(torch.sin(x)))
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")  # of a composite op that is planted
+@pytest.mark.parametrize("planted", PLANTED, indirect=True)
+def test_bisection_names_a_wrong_kernel(planted):
+    """Between two rewrites that are right."""
+    pytest.importorskip("triton")
+    pattern, function, operands = PLANTED[planted]
+    wanted = [o for o in operands if o.requires_grad]
+
+    def several(x, *operands):
+        first, results = sine(x).sum(), function(*operands)
+        results = results if isinstance(results, tuple) else (results,)
+        return first + sum(r.float().square().sum() for r in results) + sine(x + 1).sum()
+
+    def total_and_gradients(function):
+        total = function(torch.ones(3), *operands)
+        return total.detach(), *torch.autograd.grad(total, wanted)
+
+    expected = total_and_gradients(several)
+
+    def works(options):
+        found = total_and_gradients(uncompiled(several, {**options, "liger.patterns": [SINE]}))
+        return all(relative_error(f, e) < 2e-2 for f, e in zip(found, expected, strict=True))
+
+    found = liger_compile.bisect(works)
+    assert found.pattern == pattern and "test_verify.py" in found.source
+
+
 @pytest.mark.parametrize("planted", ["rms_norm_backward", "glu"], indirect=True)
 def test_bisection_finds_it_in_a_model(planted):
     model, inputs = build("llama", num_hidden_layers=1), batch()
     _, gradients = step(model, model, inputs)
 
     def works(options):
-        backend = functools.partial(uncompiled, options=options)
-        _, grads = step(model, torch.compile(model, backend=backend), inputs)
+        _, grads = step(model, uncompiled(model, options), inputs)
         return all(relative_error(grads[n], g) < 1e-3 for n, g in gradients.items())
 
     found = liger_compile.bisect(works)
@@ -201,12 +235,36 @@ def test_bisection_finds_it_in_a_model(planted):
     assert (found.pattern, found.module) == expected.get(planted, ("swiglu", "model.layers.0.mlp"))
 
 
-def uncompiled(gm, example_inputs, *, options):
-    """The backend without Inductor."""
-    from liger_compile.options import split_options
+# ---- patterns of the user's ------------------------------------------------------------------------------------------
 
-    after = liger_compile.rewrite(gm, split_options(options)[0]).graphs[0].after
-    return torch._dynamo.lookup_backend("aot_eager")(after, example_inputs)
+
+def scaled(x, dtype: torch.dtype):
+    return (torch.relu(x) / x.shape[-1]).to(dtype)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_operands_that_are_dtypes_and_sizes(factor):
+    def replacement(x, dtype, width=0):
+        return (x.relu() * factor / width).to(dtype)
+
+    def function(x):
+        return (torch.relu(x) / x.shape[-1]).to(torch.bfloat16)
+
+    made = liger_compile.make_pattern(scaled, replacement, check=lambda match: {"width": match.shape("x")[-1]})
+    options = {"liger.patterns": [made], **VERIFIED}
+    call = torch.compile(function, backend="liger", options=options, dynamic=True)
+    x = some(5, 6)
+    if factor == 1:
+        call(x).sum().backward()
+        assert liger_compile.explain(function, options=options)(x).counts == {"scaled": 1}
+    else:
+        with pytest.raises(liger_compile.VerificationError, match=r"^scaled .*disable.: \[.scaled.\]"):
+            call(x)
+
+
+def test_nothing_is_compared_on_the_meta_device():
+    function, operands = packed, (torch.empty(6, 8, device="meta"),)
+    assert liger_compile.explain(function, options=VERIFIED)(*operands).counts == {"packed_swiglu": 1}
 
 
 # ---- fuel ----------------------------------------------------------------------------------------------------------
@@ -225,8 +283,6 @@ def full():
 
 @pytest.mark.parametrize("limit, made", [(0, 0), (1, 1), (2, 2), (9, 2), (None, 2)])
 def test_fuel(limit, made):
-    from helpers import report_of
-
     options = liger_compile.Options(fuel=limit)
     report = report_of(two, some(3, 8), some(8), options=options)
     assert len(report.matches) == made
@@ -234,8 +290,6 @@ def test_fuel(limit, made):
 
 
 def test_fuel_is_counted_over_graphs():
-    from helpers import report_of
-
     counts = [len(report_of(two, some(3, 8), some(8), options=liger_compile.Options(fuel=3)).matches) for _ in range(3)]
     assert counts == [2, 1, 0]
 
@@ -271,6 +325,9 @@ PROGRAM = """
         def forward(self, x):
             return torch.relu(x[:, 1:]).square()
 
+    # Inductor takes most of the time, and has no part in this
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+    liger_compile._torch.compile_fx = lambda gm, example_inputs, config: aot_eager(gm, example_inputs)
     model, x = nn.Sequential(Block(), Block(), Block()), torch.randn(4, 8)
     {change}
     with torch.no_grad():
