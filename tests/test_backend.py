@@ -7,12 +7,14 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import capture, relative_error
+from models import batch, build
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 
@@ -726,6 +728,24 @@ def test_explain():
     assert str(report).startswith("liger_compile: 4 rewrites in 2 graphs")
     report = liger_compile.explain(broken, options={"liger.disable": "swiglu"})(*args)
     assert report.counts == {"rms_norm": 2}
+
+
+def test_explain_costs_less_than_tracing_again(monkeypatch):
+    """It traces once, never calls Inductor, and rewriting takes less time than the tracing."""
+    monkeypatch.setattr(_torch, "compile_fx", None)
+    model, inputs = build("llama", num_hidden_layers=8), batch()
+    start = time.perf_counter()
+    graph = capture(model, **inputs)
+    traced = time.perf_counter() - start
+    spent = []
+    for _ in range(3):  # the machine may be busy with other things
+        start = time.perf_counter()
+        rewrite(graph)
+        spent.append(time.perf_counter() - start)
+    print(f"tracing {traced:.2f} s, rewriting {min(spent):.2f} s")
+    assert min(spent) < traced
+    explained = liger_compile.explain(model)(**inputs)
+    assert len(explained.graphs) == 1 and explained.counts["rms_norm"] == 17
 
 
 def test_explain_refuses_other_arguments():

@@ -69,8 +69,8 @@ WRONG = [
         torch.empty_like,
         Tensor,
         r"pattern 'softplus_rows' \(.*test_trial\.py:\d+\): the replacement liger_trial\.op\d+\.default: result 0 has "
-        r"another shape on its example 0 in float32: its fake says \(5, 6\), the pattern's function gives \(5,\); correct its "
-        r"fake \(register_fake\), or what it returns",
+        r"another shape on its example 0 in float32: its fake says \(5, 6\), the pattern's function gives \(5,\); "
+        r"correct its fake \(register_fake\), or what it returns",
     ),
     (
         softplus_rows,
