@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -164,6 +165,13 @@ def compile_fx(gm: torch.fx.GraphModule, example_inputs: Any, config: dict[str, 
     compiler = torch.compiler.config
     with compiler.patch(cache_key_tag=f"{compiler.cache_key_tag} liger_compile {fingerprint()}".strip()):
         return inductor(gm, example_inputs, config_patches=config or None)
+
+
+def without_autograd_cache() -> contextlib.AbstractContextManager[None]:
+    """AOTAutograd traces again what it compiles in a block; Inductor's own cache stays. Checked on 2.13."""
+    from torch._functorch import config
+
+    return config.patch(enable_autograd_cache=False)
 
 
 def trace(name: str, text: Callable[[], str]) -> None:

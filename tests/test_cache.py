@@ -78,3 +78,38 @@ def test_other_code_of_the_ops_is_not_found(runs):
     assert changed["aot"]["autograd_cache_miss"] == 1 and "autograd_cache_hit" not in changed["aot"]
     assert changed["results"] == first["results"]
     assert again["aot"]["autograd_cache_hit"] == 1  # each has entries of its own
+
+
+OWN = """
+import json, sys, torch, liger_compile
+from torch._dynamo.utils import counters
+
+@torch.library.custom_op("mine::squared_relu", mutates_args=())
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    return x.relu().square()
+
+squared_relu.register_fake(torch.empty_like)
+squared_relu.register_autograd(
+    lambda ctx, dy: float(sys.argv[1]) * dy * ctx.saved_tensors[0].relu(),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+@liger_compile.pattern(replace=squared_relu)
+def pattern(x):
+    return torch.relu(x) ** 2
+
+x = torch.ones(8, requires_grad=True)
+torch.compile(lambda x: torch.relu(x) ** 2, backend="liger")(x).sum().backward()
+hits = counters["aot_autograd"]["autograd_cache_hit"], counters["inductor"]["fxgraph_cache_hit"]
+print(json.dumps([x.grad[0].item(), *hits]))
+"""
+
+
+def test_another_gradient_of_a_users_op_is_seen(tmp_path):
+    """Its name is what it was; AOTAutograd's cache would have the gradient of before."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for factor, found in ((2.0, 0), (3.0, 1)):  # the forward is found in Inductor's cache
+        result = subprocess.run(
+            [sys.executable, "-c", OWN, str(factor)], env=environment, capture_output=True, text=True, check=True
+        )
+        assert json.loads(result.stdout) == [factor, 0, found]

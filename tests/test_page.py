@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html.parser
 import json
 import shutil
@@ -117,6 +118,7 @@ def nasty() -> Report:
     return Report([match], [miss], [GraphReport(gm, gm)])
 
 
+@functools.cache
 def of_llama(checkpointed: bool = False, **changes) -> Report:
     model = build("llama", **changes)
     if checkpointed:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -308,57 +307,42 @@ def test_nothing_to_bisect(outcome, message):
 
 
 PROGRAM = """
-    import sys, torch, liger_compile
-    from torch import nn
+import json, os, pathlib, sys
 
-    @torch.library.custom_op("mine::relu2", mutates_args=())
-    def relu2(x: torch.Tensor) -> torch.Tensor:
-        return x.relu().square() {fault}
-
-    relu2.register_fake(torch.empty_like)
-
-    @liger_compile.pattern(replace=relu2, name="relu2")
-    def pattern(x):
-        return torch.relu(x).square()
-
-    class Block(nn.Module):
-        def forward(self, x):
-            return torch.relu(x[:, 1:]).square()
-
-    # Inductor takes most of the time, and has no part in this
-    aot_eager = torch._dynamo.lookup_backend("aot_eager")
-    liger_compile._torch.compile_fx = lambda gm, example_inputs, config: aot_eager(gm, example_inputs)
-    model, x = nn.Sequential(Block(), Block(), Block()), torch.randn(4, 8)
-    {change}
-    with torch.no_grad():
-        right = torch.allclose(torch.compile(model, backend="liger")(x), model(x), rtol=1e-3, atol=1e-5)
-    sys.exit(0 if right else 1)
+matches = [{"pattern": "glu", "module": f"{i}", "source": f"a.py:{i}"} for i in range(%(graphs)d)]
+if folder := os.environ.get("LIGER_COMPILE_DEBUG"):
+    for i, match in enumerate(matches):
+        (pathlib.Path(folder) / f"{i:03d}").mkdir()
+        (pathlib.Path(folder) / f"{i:03d}" / "report.json").write_text(json.dumps({"matches": [match]}))
+sys.exit(int(os.environ["LIGER_COMPILE_FUEL"]) >= %(bad)s)
 """
+"""What a training script does with the two variables; tests/test_docs.py runs one, that of docs/debugging.md."""
 
 
-def program(tmp_path, fault="", change=""):
+def bisected(tmp_path, graphs, bad):
     path = tmp_path / "program.py"
-    path.write_text(textwrap.dedent(PROGRAM.format(fault=fault, change=change)))
-    return ["bisect", "--", sys.executable, str(path)]
+    path.write_text(PROGRAM % {"graphs": graphs, "bad": bad})
+    return main(["bisect", "--", sys.executable, str(path)])
 
 
-def test_bisect_a_command(tmp_path, capsys):
-    """Each run is a process of its own, as a training script would be."""
-    assert main(program(tmp_path, fault="+ (x.shape[1] == 6)")) == 0
+@pytest.mark.parametrize("graphs, bad", [(1, 1), (3, 2), (1200, 1001)])
+def test_bisect_a_command(tmp_path, capsys, graphs, bad):
+    assert bisected(tmp_path, graphs, bad) == 0
     captured = capsys.readouterr()
-    assert captured.out.startswith("rewrite 2 of 3: relu2 in 1 (program.py:") and "x[:, 1:]" in captured.out
-    assert "0 rewrites: works" in captured.err
+    assert captured.out == f"rewrite {bad} of {graphs}: glu in {bad - 1} (a.py:{bad - 1})\n"
+    assert captured.err.startswith("   all rewrites: fails\n     0 rewrites: works\n")
 
 
 @pytest.mark.parametrize(
-    "fault, change, message",
+    "graphs, bad, message",
     [
-        ("", "", "it works with all rewrites"),
-        ("", "sys.exit(1)", "it fails without any rewrite too"),
+        (3, "float('inf')", "it works with all rewrites"),
+        (3, 0, "it fails without any rewrite too"),
+        (0, 1, "nothing was rewritten"),
     ],
 )
-def test_bisect_refuses(tmp_path, capsys, fault, change, message):
-    assert main(program(tmp_path, fault, change)) == 1
+def test_bisect_refuses(tmp_path, capsys, graphs, bad, message):
+    assert bisected(tmp_path, graphs, bad) == 1
     assert message in capsys.readouterr().err
 
 
