@@ -29,6 +29,7 @@ from models import batch, build
 
 inputs = batch()
 model, ids, labels = build("llama", num_hidden_layers=30), inputs["input_ids"], inputs["labels"]
+build("llama").config.save_pretrained(".")
 """,
 }
 """What a page takes for granted."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -37,7 +35,8 @@ HOW = ["f32", "bf16", "checkpointed", "autocast", "padded"]
 @pytest.mark.parametrize("family, how", [*(("llama", how) for how in HOW), *((f, "f32") for f in ("gemma2", "phi3"))])
 def test_models_pass(family, how):
     """With the results and gradients of the replacements, not of what they are compared with."""
-    model, inputs = build(family, torch.bfloat16 if how == "bf16" else torch.float32), batch()
+    dtype = torch.bfloat16 if how == "bf16" else torch.float32
+    model, inputs = build(family, dtype, num_hidden_layers=2 if family == "gemma2" else 1), batch()
     if how == "checkpointed":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if how == "padded":
@@ -107,8 +106,11 @@ def windowed(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+GENERATOR = torch.Generator().manual_seed(0)
+
+
 def some(*shape, dtype=torch.float32):
-    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+    return torch.randn(*shape, dtype=dtype, generator=GENERATOR).requires_grad_()
 
 
 Y = torch.tensor([1, 3, -100, 0, 7, 7])
@@ -211,10 +213,11 @@ def test_bisection_names_a_wrong_kernel(planted):
         return total.detach(), *torch.autograd.grad(total, wanted)
 
     expected = total_and_gradients(several)
+    tolerance = 2e-2 if operands is FUSED else 1e-3
 
     def works(options):
         found = total_and_gradients(uncompiled(several, {**options, "liger.patterns": [SINE]}))
-        return all(relative_error(f, e) < 2e-2 for f, e in zip(found, expected, strict=True))
+        return all(relative_error(f, e) < tolerance for f, e in zip(found, expected, strict=True))
 
     found = liger_compile.bisect(works)
     assert found.pattern == pattern and "test_verify.py" in found.source
@@ -352,11 +355,11 @@ def test_bisect_without_a_command(capsys):
     assert "give the command to run" in captured and "no-such-command does not start" in captured
 
 
-def test_options_from_the_environment(tmp_path):
+def test_options_from_the_environment(tmp_path, monkeypatch):
     """For programs that cannot be changed."""
-    code = "import torch; f = torch.compile(torch.nn.RMSNorm(8), backend='liger'); f(torch.randn(2, 8))"
-    environment = {**os.environ, "LIGER_COMPILE_FUEL": "0", "LIGER_COMPILE_DEBUG": str(tmp_path / "debug")}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    monkeypatch.setenv("LIGER_COMPILE_FUEL", "0")
+    monkeypatch.setenv("LIGER_COMPILE_DEBUG", str(tmp_path / "debug"))
+    torch.compile(nn.RMSNorm(8), backend="liger")(torch.randn(2, 8))
     report = json.loads((tmp_path / "debug" / "000" / "report.json").read_text())
     assert not report["counts"] and report["misses"][0]["reason"] == "liger.fuel=0 is used up"
 
