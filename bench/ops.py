@@ -1,6 +1,6 @@
 """Each op against Inductor's own kernels and Liger-Kernel's for the same maths, forward and forward + backward.
 
-    python -m bench.ops [--out FOLDER]
+    python -m bench.ops [--only NAME] [--out FOLDER]
 
 Kernels are timed without host time. The floor is the bytes that must move over the rate of a copy.
 """
@@ -75,6 +75,21 @@ def cases() -> dict[str, dict[str, Any]]:
             "operands": operands,
             "bytes": (4 * size, 4 * size),
         }
+    for classes, width, tokens, kind in (
+        *((128256, 4096, 8192, ""), (128256, 4096, 8192, " of one kind"), (128256, 4096, 8192, ", float32")),
+        *((151936, 1024, TOKENS, ""), (32000, 4096, TOKENS, ""), (32000, 4096, TOKENS, ", float32")),
+        *((32000, 1024, TOKENS, ""), (32000, 1024, 512, ""), (49152, 576, TOKENS, ""), (16000, 1024, TOKENS, "")),
+    ):
+        one, wide = "one" in kind, "float32" in kind
+        ids = (torch.zeros(tokens, dtype=torch.int64) if one else torch.randint(classes, (tokens,))).cuda()
+        table = tensor(classes, width)
+        made[f"Embedding {classes} x {width}, {tokens} tokens{kind}"] = {
+            "plain": lambda w, ids=ids: F.embedding(ids, w),
+            "ours": lambda w, ids=ids: ops.embedding(ids, w),
+            "liger": None,
+            "operands": (table.detach().float().requires_grad_() if wide else table,),
+            "bytes": tuple(b << wide for b in (4 * tokens * width, 2 * (classes + tokens) * width)),
+        }
     return made
 
 
@@ -129,11 +144,14 @@ def measure(ways: dict[str, Callable[..., Any]], operands: tuple[torch.Tensor, .
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="measure the ops whose names contain this")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     rate = common.ceilings()["copy_TB_per_s"] * 1e9
     rows = []
     for name, case in cases().items():
+        if arguments.only not in name:
+            continue
         torch._dynamo.reset()
         ways = {"Inductor": torch.compile(case["plain"]), "Liger-Kernel": case["liger"], "liger_compile": case["ours"]}
         floor = tuple(sum(case["bytes"][: i + 1]) / rate for i in range(2))

@@ -711,6 +711,24 @@ def _einsum(c: Call, equation: Any, *operands: Any) -> Term:
 # ---- whole layers -------------------------------------------------------------------------------------------------
 
 
+@rule("embedding")
+def embedding(
+    c: Call,
+    ids: Term,
+    weight: Term,
+    padding_idx: Any = None,
+    max_norm: Any = None,
+    norm_type: Any = 2.0,
+    scale_grad_by_freq: Any = False,
+    sparse: Any = False,
+) -> Term:
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        raise NotCanonical("renormalises the table, or has a gradient of another kind")
+    if ids.dtype is not None and ids.dtype.is_floating_point:
+        raise NotCanonical("is torch.embedding, whose first argument is the table")
+    return c("embedding", ids, weight, padding_idx)
+
+
 @rule("rms_norm")
 def _rms_norm(c: Call, x: Term, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Term:
     shape = tuple(normalized_shape)

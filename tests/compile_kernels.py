@@ -15,7 +15,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 KERNELS = {
     *("_forward", "_backward", "_total", "_rope", "_rows", "_row_gradients", "_scaled", "_gather", "_exponentials"),
     *("_finish", "_dlogits", "_weighted", "_gradients", "_summed", "_column_sums", "_label_sums"),
-    *("_whole_dhidden", "_whole_dweight", "_columns", "_add_product"),
+    *("_whole_dhidden", "_whole_dweight", "_columns", "_add_product", "_runs", "_long_runs"),
 }
 """Those that must have been compiled."""
 
@@ -46,8 +46,9 @@ def main() -> None:
         return launch
 
     JITFunction.__getitem__ = compile_only
-    names = "rms_norm", "glu", "rope", "cross_entropy", "scale", "loss_products", "loss_rows"
-    rms_norm, glu, rope, cross_entropy, scale, *_ = (import_module(f"liger_compile.kernels.{name}") for name in names)
+    names = "rms_norm", "glu", "rope", "cross_entropy", "scale", "embedding", "loss_products", "loss_rows"
+    kernels = (import_module(f"liger_compile.kernels.{name}") for name in names)
+    rms_norm, glu, rope, cross_entropy, scale, embedding, *_ = kernels
     for dtype in (torch.bfloat16, torch.float32):
         x, w = torch.randn(16, 256).to(dtype), torch.randn(256).to(dtype)
         for rounding in ("normed", "result", "factor"):
@@ -63,6 +64,7 @@ def main() -> None:
         q, cos = torch.randn(2, 8, 16, 64).to(dtype), torch.randn(16, 64).to(dtype)
         rope.pair_forward(q, q[:, :2], cos, cos)
         rope.backward(q, cos[:, :32], cos[:, :32], list(q.stride()), dtype, True)
+        embedding.backward(x[:, :64], torch.zeros(x.shape[0]).int(), torch.zeros(x.shape[0]).long(), x[:, :64])
         target = torch.zeros(16, dtype=torch.int64)
         given, logits = torch.rand(16), torch.randn(16, 9000).to(dtype)
         for how in ((1.0, 1.0, 0.0, False, 0.0), (0.5, 3.0, 20.0, False, 0.1), (1.0, 1.0, 20.0, True, 0.0)):

@@ -36,7 +36,7 @@ ALL = {"rms_norm": 5, "rope": 2, "swiglu": 2, "linear_cross_entropy": 1, "attent
 def test_explain_training(capsys, config, flags):
     """On the meta device a model is looked at as on a GPU."""
     found = explained(capsys, config, *flags)
-    assert found["counts"] == ALL and not found["misses"] and found["graphs"] == 1
+    assert found["counts"] == ALL and {m["pattern"] for m in found["misses"]} == {"embedding"} and found["graphs"] == 1
     assert {m["module"] for m in found["matches"] if m["pattern"] == "swiglu"} == {
         "model.layers.0.mlp",
         "model.layers.1.mlp",

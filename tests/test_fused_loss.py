@@ -16,6 +16,7 @@ module = import_module("liger_compile.ops.linear_cross_entropy")
 fused = import_module("liger_compile.ops.fused_loss")
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
+ONE = torch.ones((), device=DEVICE)
 gpu = pytest.mark.gpu
 pytestmark = [] if INTERPRETED else [gpu]  # on a GPU, small ones are worth running too
 
@@ -217,20 +218,23 @@ def test_no_label_counts(n, way):
     """The mean of nothing is NaN, and no gradient is."""
     given = operands(n, 16, 40, bias=True)[:3]
     target = torch.full((n,), -100, device=DEVICE)
-    loss, *gradients = run(functools.partial(ours, **way), (*given, target), torch.ones((), device=DEVICE))
+    loss, *gradients = run(functools.partial(ours, **way), (*given, target), ONE)
     expected = {"mean": torch.full((), torch.nan), "sum": torch.zeros(()), "none": torch.zeros(n)}[way["reduction"]]
     torch.testing.assert_close(loss.cpu(), expected, equal_nan=True)
     assert not any(g.isnan().any() or g.any() for g in gradients)
 
 
 @two_ways
-def test_operands_as_they_lie(way):
-    """Transposed hidden states, every second row of a weight, and one that does not begin at 16 bytes."""
+def test_operands_as_they_lie(way, monkeypatch):
+    """Transposed hidden states, every second row of a weight, one that does not begin at 16 bytes, a transposed one;
+    every second target and element of the bias."""
+    monkeypatch.setattr(fused, "_runs_now", lambda x: True)
     hidden = torch.randn(64, 150, device=DEVICE).bfloat16().t().requires_grad_()
-    target = torch.randint(300, (150,), device=DEVICE)
+    target = torch.randint(300, (300,), device=DEVICE)[::2]
+    bias = torch.randn(600, device=DEVICE).bfloat16()[::2].requires_grad_()
     whole = torch.randn(600 * 64 + 1, device=DEVICE).bfloat16() * 0.1
     for weight in (whole[:-1].view(600, 64)[::2], whole[1:].view(600, 64)[:300], whole[:-1].view(64, 600)[:, :300].t()):
-        check((hidden, weight.requires_grad_(), None, target), **way)
+        check((hidden, weight.requires_grad_(), bias, target), **way)
 
 
 @two_ways
@@ -240,7 +244,7 @@ def test_not_finite(way):
     with torch.no_grad():
         hidden[3, 5] = float("inf")
         hidden[9, 1] = float("nan")
-    loss, dhidden, dweight = run(functools.partial(ours, **way), (hidden, weight, None, target), torch.ones(1)[0])
+    loss, dhidden, dweight = run(functools.partial(ours, **way), (hidden, weight, None, target), ONE)
     assert not (loss if loss.ndim == 0 else loss[[3, 9]]).isfinite().any()
     assert not dhidden[[3, 9]].isfinite().all(1).any() and dhidden[[0, 50, 139]].isfinite().all()
     assert not dweight.isfinite().any()
@@ -253,10 +257,8 @@ def test_minus_infinity_in_the_bias(way):
     with torch.no_grad():
         bias[100:200] = float("-inf")
         target[(target >= 100) & (target < 200)] = 7
-    loss, *gradients = run(functools.partial(ours, **way), (hidden, weight, bias, target), torch.ones(1)[0])
-    expected = run(
-        functools.partial(eager, reduction=way["reduction"]), (hidden, weight, bias, target), torch.ones(1)[0]
-    )
+    loss, *gradients = run(functools.partial(ours, **way), (hidden, weight, bias, target), ONE)
+    expected = run(functools.partial(eager, reduction=way["reduction"]), (hidden, weight, bias, target), ONE)
     assert loss.isfinite().all() and not any(g.isnan().any() for g in gradients)
     for o, e in zip(gradients, expected[1:], strict=True):
         assert relative_error(o, e) < 2e-2
@@ -430,7 +432,7 @@ def test_more_than_two_to_the_31_logits(memory, monkeypatch):
     loss = ours(hidden, weight, None, target, memory=memory, reduction="sum")
     dhidden, dweight = torch.autograd.grad(loss, (hidden, weight))
     tail = slice(20000, None)
-    exact = run(functools.partial(eager, reduction="sum"), (hidden[tail], weight, None, target[tail]), torch.ones(1)[0])
+    exact = run(functools.partial(eager, reduction="sum"), (hidden[tail], weight, None, target[tail]), ONE)
     assert relative_error(dhidden[tail], exact[1]) < 5e-3
     total = torch.zeros_like(weight, dtype=torch.float64)
     for rows in torch.arange(20480, device=DEVICE).split(2048):

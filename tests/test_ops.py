@@ -67,6 +67,17 @@ SAMPLES = {
         lambda: ((some(2, 4, 5, 8), some(2, 2, 7, 8), some(2, 2, 7, 8), torch.rand(2, 1, 5, 7) > 0.3), {}),
         lambda: ((some(2, 2, 5, 8), fixed(2, 2, 5, 8), some(2, 2, 5, 8)), {"seen": "q - k >= 0", "scale": 0.3}),
     ],
+    "embedding": [
+        lambda: ((torch.tensor([[1, 3, 1]]), some(5, 8)), {}),
+        lambda: ((torch.tensor([2, 2, 4]).int(), half(5, 8), 2), {}),
+        lambda: ((torch.tensor([1, 3, 1]), fixed(5, 8)), {}),
+    ],
+    "embedding_backward": [
+        lambda: ((some(1, 3, 8), torch.tensor([[1, 3, 1]]), 5, 3), {}),
+        lambda: ((half(3, 8, grad=False), torch.tensor([1, 3, 1]).int(), 5, -1), {}),
+        lambda: ((transposed(3, 8), torch.tensor([1, 3, 1]), 5, -1), {}),
+        lambda: ((some(0, 8), torch.zeros(0, dtype=torch.int64), 5, -1), {}),
+    ],
     "glu": [
         lambda: ((some(4, 8), some(4, 8)), {}),
         lambda: ((half(2, 3, 8), half(2, 3, 8), "gelu"), {}),

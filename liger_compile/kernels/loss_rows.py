@@ -416,6 +416,7 @@ def _whole_dhidden(
     out_ptr,
     width,
     weight_row,
+    weight_col,
     BLOCK: tl.constexpr,
 ):
     """(dhidden's part at the row's place + coefficient * its label's row of weight) * scale; 0 if it does not count.
@@ -429,7 +430,7 @@ def _whole_dhidden(
     label = tl.load(target_ptr + r)
     coefficient = tl.load(coefficient_ptr + q, mask=q >= 0, other=0.0)
     x = tl.load(part_ptr + q * width + k, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(weight_ptr + label * weight_row + k, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight_ptr + label * weight_row + k * weight_col, mask=inside, other=0.0).to(tl.float32)
     x = tl.where(q >= 0, (x + coefficient * w) * tl.load(scale_ptr), 0.0)
     tl.store(out_ptr + r * width + k, x.to(out_ptr.dtype.element_ty), mask=k < width)
 
@@ -599,7 +600,7 @@ def whole_dhidden(
     n, width = out.shape
     if n:
         _whole_dhidden[(n, triton.cdiv(width, 2048))](
-            part, weight, target, coefficient, at, scale, out, width, weight.stride(0), BLOCK=2048, num_warps=4
+            part, weight, target, coefficient, at, scale, out, width, *weight.stride(), BLOCK=2048, num_warps=4
         )
 
 

@@ -327,6 +327,11 @@ def _counted(target: Tensor, ignore_index: int, classes: int) -> Tensor:
     return counted
 
 
+def _dense(bias: Tensor | None, target: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Both without gaps, as the kernels read them; hidden and weight may lie anyhow."""
+    return None if bias is None else bias.contiguous(), target.contiguous()
+
+
 _NAME = f"{NAMESPACE}::linear_cross_entropy"
 torch.library.define(
     _NAME,
@@ -372,6 +377,7 @@ def _linear_cross_entropy(
         class_weight = None if class_weight is None else class_weight.float()
         z = _written_out(hidden, weight, bias, how)
         return F.cross_entropy(z, target, class_weight, ignore_index=ignore_index, reduction=reduction)
+    bias, target = _dense(bias, target)
     given = count = None
     counted = _counted(target, ignore_index, weight.shape[0])
     if class_weight is not None:
@@ -413,6 +419,7 @@ def _linear_cross_entropy_lse(
 ) -> tuple[Tensor, Tensor]:
     chunked.check_operands(hidden, weight, bias, target)
     _one_of("reduction", reduction, REDUCTIONS)
+    bias, target = _dense(bias, target)
     counted = _counted(target, ignore_index, weight.shape[0])
     call = _Call(ignore_index, Transform(scale, divisor, softcap, wide), (), BUDGET["balanced"])
     losses, lse = _LossAndLse.apply(hidden, weight, bias, target, call)
