@@ -84,13 +84,13 @@ def _rewritten(gm: fx.GraphModule, options: Options) -> Report | None:
         log.debug("rewriting failed", exc_info=True)
         return None
     log.info("%s", report)
-    _torch.trace("liger_compile_report", lambda: str(report))
-    _torch.trace("liger_compile_graph", lambda: debug.readable(report.graphs[0].after))
-    if options.debug:
-        try:
+    try:
+        _torch.trace("liger_compile_report", lambda: str(report))
+        _torch.trace("liger_compile_graph", lambda: debug.readable(report.graphs[0].after))
+        if options.debug:
             debug.write(report, options.debug)
-        except OSError as error:
-            _warn(f"liger.debug: the report was not written: {error}")
+    except Exception as error:  # what cannot be told is no reason not to compile
+        _warn(f"the report was not written: {type(error).__name__}: {error}")
     return report
 
 

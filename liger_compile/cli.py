@@ -147,7 +147,7 @@ def _from_config(name: str) -> torch.nn.Module:
 
 def _bisect(chosen: argparse.Namespace) -> None:
     """Runs the command again and again, as `git bisect run` would."""
-    command = [c for c in chosen.command if c != "--"]
+    command = chosen.command[1:] if chosen.command[:1] == ["--"] else chosen.command
     if not command:
         raise Refused("give the command to run, which exits with another status than 0 when the result is wrong")
     with tempfile.TemporaryDirectory() as folder:
@@ -165,7 +165,7 @@ def _bisect(chosen: argparse.Namespace) -> None:
         if works(EVERYTHING, LIGER_COMPILE_DEBUG=folder):
             raise Refused("it works with all rewrites; there is nothing to find")
         folders = sorted(Path(folder).iterdir(), key=lambda p: int(p.name))
-        reports = [json.loads((p / "report.json").read_text()) for p in folders]
+        reports = [json.loads((p / "report.json").read_text(encoding="utf-8")) for p in folders]
     matches = [m for r in reports for m in r["matches"]]
     if not works(0):
         raise Refused("it fails without any rewrite too; the fault is elsewhere")

@@ -22,10 +22,10 @@ def write(report: Report, folder: bool | str | os.PathLike[str]) -> Path:
         number += 1
     here.mkdir()
     for graph in report.graphs:
-        (here / "before.py").write_text(readable(graph.before))
-        (here / "after.py").write_text(readable(graph.after))
-    (here / "report.txt").write_text(f"{report}\n")
-    (here / "report.json").write_text(json.dumps(report.as_json(), indent=1))
+        (here / "before.py").write_text(readable(graph.before), encoding="utf-8")
+        (here / "after.py").write_text(readable(graph.after), encoding="utf-8")
+    (here / "report.txt").write_text(f"{report}\n", encoding="utf-8")
+    (here / "report.json").write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
     report.to_html(here / "report.html")
     return here
 

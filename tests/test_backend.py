@@ -733,7 +733,7 @@ def test_explain():
 def test_explain_costs_less_than_tracing_again(monkeypatch):
     """It traces once, never calls Inductor, and rewriting takes less time than the tracing."""
     monkeypatch.setattr(_torch, "compile_fx", None)
-    model, inputs = build("llama", num_hidden_layers=8), batch()
+    model, inputs = build("llama", num_hidden_layers=4), batch()
     start = time.perf_counter()
     graph = capture(model, **inputs)
     traced = time.perf_counter() - start
@@ -745,7 +745,7 @@ def test_explain_costs_less_than_tracing_again(monkeypatch):
     print(f"tracing {traced:.2f} s, rewriting {min(spent):.2f} s")
     assert min(spent) < traced
     explained = liger_compile.explain(model)(**inputs)
-    assert len(explained.graphs) == 1 and explained.counts["rms_norm"] == 17
+    assert len(explained.graphs) == 1 and explained.counts["rms_norm"] == 9
 
 
 def test_explain_refuses_other_arguments():

@@ -123,7 +123,8 @@ def test_patterns(capsys):
     head, _, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["pattern", "function", "defined", "in", "priority", "replacement"]
     assert [line.split()[:2] for line in lines] == [[p.name, p.function.__name__] for p in patterns()]
-    assert re.fullmatch(r"swiglu +swiglu +glu\.py:\d+ +0 +liger_compile\.glu\.default", lines[5])
+    swiglu = r"swiglu +swiglu +glu\.py:\d+ +0 +liger_compile\.glu\.default"
+    assert any(re.fullmatch(swiglu, line) for line in lines)
 
 
 def test_a_pattern_of_ones_own_is_listed(capsys, registered):

@@ -323,6 +323,7 @@ if folder := os.environ.get("LIGER_COMPILE_DEBUG"):
     for i, match in enumerate(matches):
         (pathlib.Path(folder) / f"{i:03d}").mkdir()
         (pathlib.Path(folder) / f"{i:03d}" / "report.json").write_text(json.dumps({"matches": [match]}))
+assert sys.argv[1:] == ["--", "of", "its", "own"]
 sys.exit(int(os.environ["LIGER_COMPILE_FUEL"]) >= %(bad)s)
 """
 """What a training script does with the two variables; tests/test_docs.py runs one, that of docs/debugging.md."""
@@ -331,7 +332,7 @@ sys.exit(int(os.environ["LIGER_COMPILE_FUEL"]) >= %(bad)s)
 def bisected(tmp_path, graphs, bad):
     path = tmp_path / "program.py"
     path.write_text(PROGRAM % {"graphs": graphs, "bad": bad})
-    return main(["bisect", "--", sys.executable, str(path)])
+    return main(["bisect", "--", sys.executable, str(path), "--", "of", "its", "own"])
 
 
 @pytest.mark.parametrize("graphs, bad", [(1, 1), (3, 2), (1200, 1001)])
