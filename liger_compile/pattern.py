@@ -82,7 +82,7 @@ def name_of(target: Callable[..., Any]) -> str:
 
 @functools.cache
 def _named(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A lambda as a function that FX can print: it looks for the source of a lambda, which a session may not have."""
+    """A lambda as a function that FX can print: it looks for the source of a lambda, which a notebook may not have."""
 
     @functools.wraps(function)
     def replacement(*args: Any, **kwargs: Any) -> Any:

@@ -155,7 +155,7 @@ def test_compiled(replacement, monkeypatch):
 
 
 def test_a_lambda_without_source_can_be_printed(monkeypatch):
-    """As in a session that keeps no source: the graph that is compiled is printed by FX."""
+    """As in a notebook that keeps no source: the graph that is compiled is printed by FX."""
     replacement = eval("lambda x, w: 2 * torch.relu(x) ** 2 * w", {"torch": torch, "__name__": "__main__"})
     test_compiled(replacement, monkeypatch)
 
