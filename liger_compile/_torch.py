@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,13 @@ def is_plain_tensor(value: Any) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return type(value) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
+
+
+def fake_mode() -> Any:
+    """A mode in which tensors have no data, as those that a graph is compiled with. Checked on 2.13."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def run_on_fakes(node: torch.fx.Node, value_of: Any) -> Any:
@@ -156,6 +165,24 @@ def compile_fx(gm: torch.fx.GraphModule, example_inputs: Any, config: dict[str, 
     compiler = torch.compiler.config
     with compiler.patch(cache_key_tag=f"{compiler.cache_key_tag} liger_compile {fingerprint()}".strip()):
         return inductor(gm, example_inputs, config_patches=config or None)
+
+
+def without_autograd_cache() -> contextlib.AbstractContextManager[None]:
+    """AOTAutograd traces again what it compiles in a block; Inductor's own cache stays. Checked on 2.13."""
+    from torch._functorch import config
+
+    return config.patch(enable_autograd_cache=False)
+
+
+def trace(name: str, text: Callable[[], str]) -> None:
+    """Adds a text to torch's structured trace (`TORCH_TRACE=folder`), where `tlparse` shows it beside Inductor's.
+
+    Without a trace it costs nothing: `text` is not called. Checked on 2.11, 2.13.
+    """
+    from torch._logging import trace_structured
+
+    metadata = {"name": name, "encoding": "string"}
+    trace_structured("artifact", metadata_fn=lambda: metadata, payload_fn=text, expect_trace_id=False)
 
 
 @functools.cache

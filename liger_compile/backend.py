@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from . import _torch, debug, lazy
@@ -39,17 +41,31 @@ def liger(
     after = report.graphs[0].after
     if after is gm:
         return _torch.compile_fx(gm, example_inputs, config)
+    if ours.verify:
+        return _lazily(after, lambda gm: gm.forward)
     try:
-        return _compile(after, example_inputs, config)
+        with contextlib.nullcontext() if _ops_are_ours(after) else _torch.without_autograd_cache():
+            return _lazily(after, lambda gm: _torch.compile_fx(gm, example_inputs, config))
     except Exception as error:
         _warn(f"the rewritten graph does not compile, so the original is used: {type(error).__name__}: {error}")
         return _torch.compile_fx(gm, example_inputs, config)
 
 
-def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
-    """Inductor's code for a rewritten graph, with results on demand made outside of it."""
+def _ops_are_ours(gm: fx.GraphModule) -> bool:
+    """Whether the ops that were put in are all of this package, or of torch.
+
+    AOTAutograd's cache on disk knows an op by its name. The code of ours is in its keys; that of a user's op, whose
+    gradient it traces through as well, may have changed.
+    """
+    graphs = (m.graph for m in gm.modules() if isinstance(m, fx.GraphModule))
+    made = (n.target for graph in graphs for n in graph.nodes if "liger_pattern" in n.meta)
+    return all(t.namespace in ("liger_compile", "aten") for t in made if isinstance(t, torch._ops.OpOverload))
+
+
+def _lazily(gm: fx.GraphModule, compiler: Callable[[fx.GraphModule], Callable[..., Any]]) -> Callable[..., Any]:
+    """A rewritten graph, compiled, with results on demand made outside of it."""
     gm, rebuild = lazy.split(gm)
-    compiled = _torch.compile_fx(gm, example_inputs, config)
+    compiled = compiler(gm)
     if rebuild is None:
         return compiled
 
@@ -68,8 +84,13 @@ def _rewritten(gm: fx.GraphModule, options: Options) -> Report | None:
         log.debug("rewriting failed", exc_info=True)
         return None
     log.info("%s", report)
-    if options.debug:
-        debug.write(report, options.debug)
+    try:
+        _torch.trace("liger_compile_report", lambda: str(report))
+        _torch.trace("liger_compile_graph", lambda: debug.readable(report.graphs[0].after))
+        if options.debug:
+            debug.write(report, options.debug)
+    except Exception as error:  # what cannot be told is no reason not to compile
+        _warn(f"the report was not written: {type(error).__name__}: {error}")
     return report
 
 

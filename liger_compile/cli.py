@@ -1,13 +1,15 @@
-"""The command `liger-compile`: what the backend would do to a model, without its weights; patterns; versions."""
+"""The command `liger-compile`: what the backend would do to a model, without its weights; finding a bad rewrite."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import importlib
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,8 +18,10 @@ from typing import Any
 import torch
 
 from .explain import explain
+from .fuel import EVERYTHING, first_to_fail
+from .pattern import name_of, target_of
 from .registry import patterns
-from .report import Report
+from .report import Report, table
 
 PACKAGES = ("liger-compile", "torch", "triton", "transformers", "liger-kernel")
 
@@ -52,7 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--eval", action="store_true", help="in eval mode without labels, instead of a training step")
     command.add_argument("--checkpointed", action="store_true", help="with gradient checkpointing")
     command.add_argument("--json", action="store_true", help="JSON instead of a table")
+    command.add_argument("--html", type=Path, metavar="FILE", help="also write a page to look at, one HTML file")
     command.set_defaults(run=_explain)
+    command = commands.add_parser("bisect", help="find the rewrite that makes a command fail")
+    command.add_argument("command", nargs=argparse.REMAINDER, help="what to run: `-- python train.py`")
+    command.set_defaults(run=_bisect)
     command = commands.add_parser("patterns", help="the registered patterns and what replaces them")
     command.set_defaults(run=_patterns)
     command = commands.add_parser("env", help="versions, for a bug report")
@@ -67,7 +75,17 @@ def _explain(chosen: argparse.Namespace) -> None:
         report = explain(model)(**inputs)
     except Exception as error:
         raise Refused(f"{chosen.model} does not run on the meta device: {type(error).__name__}: {error}") from error
-    print(json.dumps(_as_json(report), indent=1) if chosen.json else report)
+    if chosen.html:
+        _write_page(report, chosen.html)
+    print(json.dumps(report.as_json(), indent=1) if chosen.json else report)
+
+
+def _write_page(report: Report, path: Path) -> None:
+    try:
+        report.to_html(path)
+    except OSError as error:
+        raise Refused(f"--html {path} cannot be written: {error.strerror}") from error
+    print(f"liger-compile: the page is {path.absolute()}", file=sys.stderr)
 
 
 def _load(chosen: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Any]]:
@@ -127,19 +145,45 @@ def _from_config(name: str) -> torch.nn.Module:
         raise Refused(f"{name} gives no causal language model: {type(error).__name__}: {error}") from error
 
 
-def _as_json(report: Report) -> dict[str, Any]:
-    return {
-        "counts": report.counts,
-        "graphs": len(report.graphs),
-        "matches": [dataclasses.asdict(m) for m in report.matches],
-        "misses": [dataclasses.asdict(m) for m in report.misses],
-    }
+def _bisect(chosen: argparse.Namespace) -> None:
+    """Runs the command again and again, as `git bisect run` would."""
+    command = chosen.command[1:] if chosen.command[:1] == ["--"] else chosen.command
+    if not command:
+        raise Refused("give the command to run, which exits with another status than 0 when the result is wrong")
+    with tempfile.TemporaryDirectory() as folder:
+
+        def works(limit: int, **more: str) -> bool:
+            environment = {**os.environ, "LIGER_COMPILE_FUEL": str(limit), **more}
+            try:
+                status = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            except OSError as error:
+                raise Refused(f"{command[0]} does not start: {error}") from error
+            made = "all" if limit == EVERYTHING else limit
+            print(f"{made:>6} rewrites: {'works' if status.returncode == 0 else 'fails'}", file=sys.stderr, flush=True)
+            return status.returncode == 0
+
+        if works(EVERYTHING, LIGER_COMPILE_DEBUG=folder):
+            raise Refused("it works with all rewrites; there is nothing to find")
+        folders = sorted(Path(folder).iterdir(), key=lambda p: int(p.name))
+        reports = [json.loads((p / "report.json").read_text(encoding="utf-8")) for p in folders]
+    matches = [m for r in reports for m in r["matches"]]
+    if not works(0):
+        raise Refused("it fails without any rewrite too; the fault is elsewhere")
+    if not matches:
+        raise Refused("nothing was rewritten; does the command compile with backend='liger'?")
+    number = first_to_fail(works, len(matches))
+    pattern, module, source = (matches[number - 1][key] for key in ("pattern", "module", "source"))
+    print(f"rewrite {number} of {len(matches)}: {pattern} in {module or 'the model'} ({source})")
 
 
 def _patterns(chosen: argparse.Namespace) -> None:
+    rows = [("pattern", "function", "defined in", "priority", "replacement")]
     for pattern in patterns():
-        code = pattern.function.__code__
-        print(f"{pattern.name:24}{pattern.function.__name__:32}{Path(code.co_filename).name}:{code.co_firstlineno}")
+        code = getattr(pattern.function, "__code__", None)
+        place = f"{Path(code.co_filename).name}:{code.co_firstlineno}" if code is not None else ""
+        target, _ = target_of(pattern.replacement)
+        rows.append((pattern.name, name_of(pattern.function), place, str(pattern.priority), name_of(target)))
+    print("\n".join(table(rows)))
 
 
 def _env(chosen: argparse.Namespace) -> None:

@@ -12,8 +12,8 @@ from torch import fx
 
 from . import _torch
 from .graph_terms import GraphTerms, value_of
-from .legality import Illegal, Site
-from .pattern import target_of
+from .legality import Illegal, Site, operands
+from .pattern import Spelling, target_of
 from .policy import tag
 from .terms import PatternError, Term, describe, same
 
@@ -56,7 +56,7 @@ class Emitter:
         if isinstance(value, tuple):
             return [self.operand(v) for v in value]
         if isinstance(value, torch.SymInt):
-            raise Illegal(f"{value} is a size that only the compiler knows")
+            return self.size(value)
         if not isinstance(value, Term):
             return value
         if self.view.lender is not None and value not in self.view.carriers and value in self.view.lender.carriers:
@@ -70,6 +70,18 @@ class Emitter:
                 raise Illegal(f"{describe(value)} is not computed anywhere in the graph")
             self._made[value] = make(self, *value.args)
         return self._made[value]
+
+    def size(self, value: torch.SymInt) -> fx.Node:
+        """A size that only the compiler knows: the node that holds it, or the size of an operand."""
+        here = self.view.position[self._here()]
+        for node in self.view.nodes[:here]:
+            if isinstance(value_of(node), torch.SymInt) and same(value_of(node), value):
+                return node
+        for _, term in operands(self.site.match):
+            for dim, extent in enumerate(term.shape):
+                if same(extent, value):
+                    return self.node("call_method", "size", (self.operand(term), dim))
+        raise Illegal(f"{value} is a size that only the compiler knows")
 
     def undo(self) -> None:
         for node in reversed(self.inserted):
@@ -115,14 +127,15 @@ def _full(x: Term, order: tuple[int, ...]) -> tuple[int, ...]:
     return (*range(len(x.shape) - len(order)), *(len(x.shape) + i for i in order))
 
 
-def emit(view: GraphTerms, site: Site, moved: dict[fx.Node, fx.Node]) -> list[fx.Node]:
-    """Inserts the replacement call and returns the nodes that hold its results, one for each of the site's outputs.
+def emit(view: GraphTerms, site: Site, moved: dict[fx.Node, fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Inserts the replacement call; returns the nodes that hold its results, one for each output, and all new ones.
 
     Raises `Illegal`, leaving the graph as it was, if the results are not what they replace.
     """
     emitter = Emitter(view, site, moved)
     try:
         call = _call(emitter)
+        _check_count(value_of(call), len(site.outputs))
         results = [call]
         if len(site.outputs) > 1:
             results = [emitter.node("call_function", operator.getitem, (call, i)) for i in range(len(site.outputs))]
@@ -135,21 +148,33 @@ def emit(view: GraphTerms, site: Site, moved: dict[fx.Node, fx.Node]) -> list[fx
         raise Illegal(f"the replacement does not take these operands: {type(error).__name__}: {error}") from error
     for node in emitter.inserted[emitter.inserted.index(call) :]:
         tag(node, site.match.pattern.recompute)
-    return results
+    return results, emitter.inserted
+
+
+def arguments(spelling: Spelling, operands: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What to call for a spelling, and with which of its operands, choices and fixed arguments."""
+    target, fixed = target_of(spelling.pattern.replacement)
+    given = {**operands, **spelling.choice, **fixed}
+    return target, {n: given[n] for n in parameters_of(target) if n in given}
+
+
+def _check_count(results: Any, expected: int) -> None:
+    several = isinstance(results, (tuple, list))
+    if several != (expected > 1) or (several and len(results) != expected):
+        ours = f"a tuple of {len(results)}" if several else "one result"
+        theirs = f"a tuple of {expected}" if expected > 1 else "one result"
+        raise Illegal(f"the replacement gives {ours} where the pattern gives {theirs}")
 
 
 def _call(emitter: Emitter) -> fx.Node:
     match = emitter.site.match
-    target, fixed = target_of(match.pattern.replacement)
-    accepted = parameters_of(target)
-    choice = {k: v for k, v in match.spelling.choice.items() if k in accepted}
-    given = {**match.captures, **choice, **fixed}
-    node = emitter.node("call_function", target, (), {n: emitter.operand(given[n]) for n in accepted if n in given})
+    target, given = arguments(match.spelling, match.captures)
+    node = emitter.node("call_function", target, (), {n: emitter.operand(v) for n, v in given.items()})
     node.meta["liger_pattern"] = match.pattern.name
     return node
 
 
-def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal strides, but for dimensions of extent one, where strides have no meaning."""
     return all(same(n, 1) or same(s, t) for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
@@ -165,7 +190,7 @@ def _fit(emitter: Emitter, result: fx.Node, original: fx.Node) -> fx.Node:
             raise Illegal(f"the replacement gives {new.dtype}, the graph has {old.dtype}", original)
         result = emitter.node("call_method", "to", (result, old.dtype))  # computed in more precision, rounded once
         new = value_of(result)
-    if not _same_layout(new, old):
+    if not same_layout(new, old):
         if not old.is_contiguous():
             raise Illegal(f"the replacement has strides {new.stride()}, the graph has {old.stride()}", original)
         result = emitter.node("call_method", "contiguous", (result,))

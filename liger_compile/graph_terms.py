@@ -5,7 +5,10 @@ Works on Dynamo graphs (`example_value` metadata) and on ATen graphs (`val`). No
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +26,7 @@ _INPLACE_OPERATORS = frozenset(
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
 )
 
-_PYTHON_OPERATORS = frozenset({operator.and_, operator.or_, operator.not_, operator.is_})
+PYTHON_OPERATORS = frozenset({operator.and_, operator.or_, operator.not_, operator.is_})
 """Their names end as those of in-place methods do."""
 
 
@@ -211,6 +214,8 @@ class GraphTerms:
             return False
         if node in self._pieces or (node in self.of and self.of[node].op not in ("leaf", "call")):
             return True
+        if node in self.of and any(self.of.get(i) is self.of[node] for i in node.all_input_nodes):
+            return True  # passes its operand on: .float() of a float32 tensor
         name = call_name(node.target)
         return name is not None and (getattr(operator, name, None) is node.target or _torch.is_pure(name))
 
@@ -237,6 +242,7 @@ def canonical(call: Call, name: str | None, target: Any, args: list[Any], kwargs
             return RULES[name](call, *first, *args, **renamed)
         except (NotCanonical, TypeError):  # TypeError: arguments the rule does not know
             pass
+    args, kwargs = _complete(target, args, kwargs)
     kwargs = {k: v for k, v in kwargs.items() if not k.startswith("_")}
     bound = _torch.bind_schema(name, args, kwargs) if name is not None else None
     if bound is None:
@@ -246,6 +252,23 @@ def canonical(call: Call, name: str | None, target: Any, args: list[Any], kwargs
     args = (name or target, *(tuple(b) if isinstance(b, list) else b for b in bound))
     return call.terms.make("call", args, call.dtype, call.shape, unique)
 
+
+def _complete(target: Any, args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a function of torch.nn.functional with its defaults, all by name.
+
+    When such a function is traced it passes on all of them, in a graph it has those that the model wrote.
+    """
+    if not isinstance(target, types.FunctionType) or target.__module__ != "torch.nn.functional":
+        return args, kwargs
+    try:
+        bound = _signature(target).bind(*args, **kwargs)
+    except TypeError:
+        return args, kwargs
+    bound.apply_defaults()
+    return [], dict(bound.arguments)
+
+
+_signature = functools.cache(inspect.signature)
 
 _FIRST = {"input": "x", "self": "x", "tensor": "x", "axis": "dim", "size": "shape"}
 
@@ -271,7 +294,7 @@ def _written_by(node: fx.Node) -> Iterator[torch.Tensor]:
 def _written_arguments(node: fx.Node) -> Iterator[Any]:
     target, first = node.target, node.args[0] if node.args else None
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    trailing = name.endswith("_") and not name.endswith("__") and target not in _PYTHON_OPERATORS
+    trailing = name.endswith("_") and not name.endswith("__") and target not in PYTHON_OPERATORS
     yield node.kwargs.get("out")
     if node.op == "call_method":
         if trailing or name in ("__setitem__", "__iadd__", "__imul__"):

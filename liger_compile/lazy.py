@@ -19,6 +19,15 @@ from .graph_terms import value_of
 from .legality import Site, sources
 
 
+def autocast_state(device: str) -> dict[str, Any] | None:
+    """The arguments of a `torch.autocast` that restores what holds now; None on a device without one (meta)."""
+    if not torch.amp.is_autocast_available(device):
+        return None
+    enabled = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if enabled else None
+    return {"device_type": device, "dtype": dtype, "enabled": enabled}
+
+
 class Recipe(nn.Module):
     """Computes a returned value from values that the graph has anyway.
 
@@ -30,12 +39,7 @@ class Recipe(nn.Module):
         super().__init__()
         self.body = body
         self.dtype, self.requires_grad = example.dtype, example.requires_grad
-        device = example.device.type
-        self.autocast: dict[str, Any] | None = None  # the meta device has none
-        if torch.amp.is_autocast_available(device):
-            enabled = torch.is_autocast_enabled(device)
-            dtype = torch.get_autocast_dtype(device) if enabled else None
-            self.autocast = {"device_type": device, "dtype": dtype, "enabled": enabled}
+        self.autocast = autocast_state(example.device.type)
 
     def forward(self, *inputs: Any) -> Tensor:
         if all(type(i) in (Tensor, nn.Parameter) or not isinstance(i, Tensor) for i in inputs):

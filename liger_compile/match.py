@@ -32,7 +32,7 @@ class Match:
     spelling: Spelling
     view: GraphTerms
     captures: dict[str, Any]
-    """Each operand: a Term, a number, a string, None for an optional tensor that is absent, or a tuple of Terms."""
+    """Each operand: a Term, a number, a string, a dtype, None for an optional one left out, or a tuple of Terms."""
     roots: tuple[Term, ...]
     """The terms of the pattern's results."""
     terms: frozenset[Term]
@@ -286,7 +286,7 @@ class Matcher:
             if isinstance(t, Term):
                 yield from self._differs(state, p, t, inside)
             else:
-                yield state.check(p, t, inside)
+                yield from self._expect(p, t, state, inside)
         elif isinstance(p, tuple) and isinstance(t, (tuple, list)):
             if any(isinstance(x, Term) for x in p) and len(p) == len(t):
                 yield from self._all(list(zip(p, t, strict=True)), state, inside, None)
@@ -313,6 +313,8 @@ class Matcher:
             "tensor?": t is None or not number,
             "scalar": t is not None and number,
             "scalar?": number,
+            "dtype": isinstance(t, torch.dtype),
+            "dtype?": t is None or isinstance(t, torch.dtype),
         }[kind]
         if not fits:
             yield from self._differs(state, p, t, inside, f"{name} is {describe(t, 2)}, not a {kind.rstrip('?')}")
@@ -324,17 +326,31 @@ class Matcher:
             reason = f"{name} is {describe(state.bound[name], 2)} in one place and {describe(t, 2)} in another"
             yield from self._differs(state, p, t, inside, reason)
 
+    def _expect(self, p: Any, value: Any, state: _State, inside: Term) -> Iterator[_State]:
+        """A size or dtype: an operand of the pattern is bound to it, anything else is checked at the end."""
+        if isinstance(p, Expr) and p.fn == "operand":
+            yield from self._bind(p.args[0], value, state, inside)
+        else:
+            yield state.check(p, value, inside)
+
     def _cast(self, p: Term, t: Term, state: _State, context: torch.dtype | None) -> Iterator[_State]:
         """A cast in the pattern is a cast in the graph, or none where the dtype is right without."""
         inner, dtype = p.args
         if t.op == "cast":
-            yield from self._unify(inner, t.args[0], state.pair(p, t).check(dtype, t.dtype, t), t, None)
+            for s in self._expect(dtype, t.dtype, state.pair(p, t), t):
+                yield from self._unify(inner, t.args[0], s, t, None)
+        if isinstance(dtype, Expr) and dtype.fn == "operand" and self._only_cast(t):
+            return  # any dtype would do for what is cast behind: the pattern's cast is that one
         promoted = context is not None and same(dtype, context) and t.is_float and t.dtype in _HALF
         lower = self.relaxed and dtype is torch.float32 and t.dtype in _HALF
-        unchanged = state.pair(p, t)
-        if not (promoted or lower):
-            unchanged = unchanged.check(dtype, t.dtype, t)
-        yield from self._unify(inner, t, unchanged, t, context)
+        paired = state.pair(p, t)
+        for unchanged in [paired] if promoted or lower else self._expect(dtype, t.dtype, paired, t):
+            yield from self._unify(inner, t, unchanged, t, context)
+
+    def _only_cast(self, t: Term) -> bool:
+        """Whether all that the graph does with a value is to cast it."""
+        read = [self.view.of.get(user) for node in self.view.carriers.get(t, ()) for user in node.users]
+        return bool(read) and all(r is not None and r.op == "cast" and r.args[0] is t for r in read)
 
     def _other_operation(self, p: Term, t: Term, state: _State, inside: Term) -> Iterator[_State]:
         noted = list(self._differs(state, p, t, inside))

@@ -30,6 +30,10 @@ class Options:
     loss of such a model alone."""
     loss: str = "balanced"
     """What the loss takes of logits at a time: "lean", "balanced" or "fast"; docs/loss.md."""
+    verify: bool = False
+    """Run each replacement beside the code it replaces, uncompiled, and raise at the first that is wrong."""
+    fuel: int | None = None
+    """Rewrite only so many places, counted over the process in the order of compilation; `liger-compile bisect`."""
     debug: bool | str = False
     """Write each graph before and after, and the report, to this folder (True: `liger_debug`)."""
 
@@ -43,7 +47,7 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[Options, dict[str,
     Raises:
         ValueError: a key that neither knows, or a value of the wrong type; the message says what to write instead.
     """
-    ours: dict[str, Any] = {}
+    ours = _from_environment()
     inductor: dict[str, Any] = {}
     names = {f.name for f in fields(Options)}
     known = _torch.inductor_options()
@@ -80,9 +84,28 @@ def _checked(values: dict[str, Any]) -> Options:
         if values.get(key, known[0]) not in known:
             choices = " or ".join(f'"{k}"' for k in known)
             raise ValueError(f"{PREFIX}{key}: {choices}, not {values[key]!r}")
+    _checked_types(values)
+    return Options(**values)
+
+
+def _checked_types(values: dict[str, Any]) -> None:
+    fuel = values.get("fuel")
     if not isinstance(values.get("debug", False), (bool, str, os.PathLike)):
         raise ValueError(f"{PREFIX}debug: True, False or a folder, not {values['debug']!r}")
-    return Options(**values)
+    if not isinstance(values.get("verify", False), bool):
+        raise ValueError(f"{PREFIX}verify: True or False, not {values['verify']!r}")
+    if fuel is not None and (not isinstance(fuel, int) or isinstance(fuel, bool) or fuel < 0):
+        raise ValueError(f"{PREFIX}fuel: how many places to rewrite, a whole number from 0 on, not {fuel!r}")
+
+
+def _from_environment() -> dict[str, Any]:
+    """Options for programs that cannot be changed; those given in code win."""
+    found: dict[str, Any] = {}
+    if folder := os.environ.get("LIGER_COMPILE_DEBUG"):
+        found["debug"] = folder
+    if fuel := os.environ.get("LIGER_COMPILE_FUEL"):
+        found["fuel"] = int(fuel) if fuel.isdecimal() else fuel
+    return found
 
 
 def _of_type(key: str, value: Any, expected: type | None) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import operator
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from .graph_terms import call_name, canonical
+from .graph_terms import PYTHON_OPERATORS, call_name, canonical
 from .rules import Call
 from .terms import Expr, PatternError, Term, Terms, arith, describe, size
 
@@ -46,6 +47,8 @@ class Pattern:
     """Whether intermediate results that the graph returns may be computed when somebody reads them."""
     examples: Examples | None = None
     """Operands to try the pattern with: given a tensor factory and a number of rows, yields them by name."""
+    priority: int = 0
+    """Patterns of higher priority are tried first, whatever their width."""
 
     @functools.cached_property
     def spellings(self) -> tuple[Spelling, ...]:
@@ -67,7 +70,26 @@ def target_of(replacement: Callable[..., Any]) -> tuple[Callable[..., Any], dict
     owner = getattr(replacement, "__self__", None)
     if isinstance(owner, type) and issubclass(owner, torch.autograd.Function) and replacement.__name__ == "apply":
         replacement = _by_name(owner)
+    if getattr(replacement, "__name__", "") == "<lambda>":
+        replacement = _named(replacement)
     return replacement, fixed
+
+
+def name_of(target: Callable[..., Any]) -> str:
+    """How reports and messages call what is called in a graph: `mine.squared_relu.default`, `my_function`."""
+    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", repr(target))
+
+
+@functools.cache
+def _named(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A lambda as a function that FX can print: it looks for the source of a lambda, which a notebook may not have."""
+
+    @functools.wraps(function)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    replacement.__name__ = replacement.__qualname__ = "replacement"
+    return replacement
 
 
 @functools.cache
@@ -110,7 +132,7 @@ def _choices(function: Callable[..., Any]) -> Iterator[dict[str, Any]]:
         if p.kind is p.KEYWORD_ONLY:
             if typing.get_origin(hints.get(p.name)) is not Literal:
                 raise PatternError(
-                    f"{_where(function)}: keyword-only parameter {p.name!r} needs an annotation Literal[...] that "
+                    f"{where(function)}: keyword-only parameter {p.name!r} needs an annotation Literal[...] that "
                     "lists its values; operands are positional parameters"
                 )
             names.append(p.name)
@@ -126,34 +148,47 @@ def trace(pattern: Pattern, choice: dict[str, Any]) -> Spelling:
     kinds = _kinds(pattern)
     for p in inspect.signature(function).parameters.values():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-            raise PatternError(f"{_where(function)}: name each operand instead of *{p.name}")
+            raise PatternError(f"{where(function)}: name each operand instead of *{p.name}")
         if p.kind is not p.KEYWORD_ONLY:
             variables[p.name] = terms.make("var", (p.name, kinds.get(p.name, "any")))
     try:
-        result = function(*(TensorProxy(v, terms) for v in variables.values()), **choice)
+        result = function(*(_stand_in(v, terms) for v in variables.values()), **choice)
     except PatternError as error:
-        raise PatternError(f"{_where(function)}: {error}") from error
+        raise PatternError(f"{where(function)}: {error}") from error
     except Exception as error:
-        raise PatternError(f"{_where(function)}: cannot be traced: {type(error).__name__}: {error}") from error
+        raise PatternError(f"{where(function)}: cannot be traced: {type(error).__name__}: {error}") from error
     roots = tuple(_root(function, r) for r in (result if isinstance(result, (tuple, list)) else (result,)))
     reached = set(itertools.chain.from_iterable(subterms(r) for r in roots))
+    values = set(itertools.chain.from_iterable(subterms(r, symbolic=False) for r in roots))
     for name, variable in variables.items():
         if variable not in reached:
-            raise PatternError(f"{_where(function)}: parameter {name!r} has no part in the result; remove it")
+            raise PatternError(f"{where(function)}: parameter {name!r} has no part in the result; remove it")
+        if variable not in values:
+            raise PatternError(
+                f"{where(function)}: of parameter {name!r} only the size or dtype is used, which does not tell what "
+                f"it is in a graph; compute with it, or annotate it {name}: torch.dtype if it is a dtype"
+            )
     operations = sum(t.op != "var" for t in reached)
     return Spelling(pattern, roots, variables, choice, operations)
 
 
 def _root(function: Callable[..., Any], value: Any) -> Term:
     if not isinstance(value, TensorProxy):
-        raise PatternError(f"{_where(function)}: must return a tensor, or a tuple of tensors, not {value!r}")
+        raise PatternError(f"{where(function)}: must return a tensor, or a tuple of tensors, not {value!r}")
     if value.term.op == "var":
-        raise PatternError(f"{_where(function)}: returns its parameter {value.term.args[0]!r} unchanged")
+        name = value.term.args[0]
+        raise PatternError(f"{where(function)}: returns its parameter {name!r} unchanged; leave it out of the results")
     return value.term
 
 
-def subterms(value: Any) -> Iterator[Term]:
-    """The terms a value is made of, itself included, those in sizes and dtypes too."""
+def _stand_in(variable: Term, terms: Terms) -> Any:
+    if variable.args[1].startswith("dtype"):
+        return ValueProxy(Expr("operand", (variable,)))
+    return TensorProxy(variable, terms)
+
+
+def subterms(value: Any, symbolic: bool = True) -> Iterator[Term]:
+    """The terms a value is made of, itself included; if `symbolic`, those read only for a size or dtype too."""
     seen: set[Term] = set()
     todo = [value]
     while todo:
@@ -164,7 +199,7 @@ def subterms(value: Any) -> Iterator[Term]:
             seen.add(item)
             yield item
             todo.extend(item.args)
-        elif isinstance(item, Expr):
+        elif isinstance(item, Expr) and (symbolic or item.fn == "operand"):
             todo.extend(item.args)
         elif isinstance(item, (tuple, list)):
             todo.extend(item)
@@ -178,7 +213,8 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
-def _where(function: Callable[..., Any]) -> str:
+def where(function: Callable[..., Any]) -> str:
+    """How messages call a pattern's function: its name, file and line."""
     code = getattr(function, "__code__", None)
     at = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
     return f"pattern {getattr(function, '__name__', function)!r}{at}"
@@ -188,13 +224,16 @@ _SCALARS = {"float", "int", "number", "bool", "SymInt", "Scalar"}
 
 
 def _kinds(pattern: Pattern) -> dict[str, str]:
-    """ "tensor" or "scalar", with "?" if it may be None, as far as the replacement's schema or annotations tell."""
+    """What operands are, as far as the replacement's schema or annotations tell.
+
+    "tensor", "scalar" or "dtype", with "?" if it may be None.
+    """
     target, _ = target_of(pattern.replacement)
     kinds: dict[str, str] = {}
     if isinstance(target, torch._ops.OpOverload):
         for a in target._schema.arguments:
-            text = str(a.type)
-            kind = "tensor" if "Tensor" in text else "scalar"
+            text = str(a.real_type)
+            kind = "tensor" if "Tensor" in text else "dtype" if "ScalarType" in text else "scalar"
             kinds[a.name] = f"{kind}?" if text.startswith("Optional") else kind
     for function in (target, pattern.function):
         for name, hint in _hints(function).items():
@@ -202,6 +241,8 @@ def _kinds(pattern: Pattern) -> dict[str, str]:
             absent = "?" if type(None) in options else ""
             if torch.Tensor in options:
                 kinds[name] = f"tensor{absent}"
+            elif torch.dtype in options:
+                kinds[name] = f"dtype{absent}"
             elif options & {float, int, bool, str}:
                 kinds[name] = f"scalar{absent}"
     return kinds
@@ -229,14 +270,33 @@ def _no_branching(self: Any, *_: Any) -> Any:
     )
 
 
+def _no_conversion(self: Any, *_: Any) -> Any:
+    raise PatternError(
+        f"makes a Python number of {describe(_unwrap(self))}, which is not known when the pattern is traced; leave it "
+        "as it is, with x.shape[-1] ** 0.5 for math.sqrt and torch functions for values of tensors"
+    )
+
+
+def _no_loop(self: Any, *_: Any) -> Any:
+    raise PatternError(
+        f"loops over {describe(_unwrap(self))} or unpacks it, whose length is not known when the pattern is traced; "
+        "use x.chunk(n, dim=-1) or slices, and write other loops out"
+    )
+
+
 class ValueProxy:
     """Stands for an integer, dtype or shape that is known only once the pattern is matched."""
 
     def __init__(self, expr: Any) -> None:
         self.expr = expr
 
-    __bool__ = __int__ = __index__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _no_branching  # type: ignore[assignment]
+    __bool__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _no_branching  # type: ignore[assignment]
+    __int__ = __float__ = __index__ = _no_conversion  # type: ignore[assignment]
     __hash__ = None  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return TensorProxy.__torch_function__(func, types, args, kwargs)  # torch accepts it as a dtype if this is here
 
 
 def _value_operator(fn: str, swapped: bool) -> Callable[[ValueProxy, Any], ValueProxy]:
@@ -247,7 +307,7 @@ def _value_operator(fn: str, swapped: bool) -> Callable[[ValueProxy, Any], Value
     return apply
 
 
-for _fn in ("add", "sub", "mul", "floordiv", "truediv", "mod"):
+for _fn in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow"):
     setattr(ValueProxy, f"__{_fn}__", _value_operator(_fn, False))
     setattr(ValueProxy, f"__r{_fn}__", _value_operator(_fn, True))
 
@@ -277,7 +337,8 @@ class TensorProxy:
 
     def _apply(self, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = call_name(target)
-        if (name or "").endswith("_") or kwargs.get("inplace") is True or kwargs.get("out") is not None:
+        in_place = (name or "").endswith("_") and target not in PYTHON_OPERATORS
+        if in_place or kwargs.get("inplace") is True or kwargs.get("out") is not None:
             raise PatternError(f"writes to its operand with {name}; compute the result without changing anything")
         for a in (*args, *kwargs.values()):
             if isinstance(a, torch.Tensor):
@@ -292,7 +353,9 @@ class TensorProxy:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         flat = [*args, *(kwargs or {}).values()]
         flat += [b for a in flat if isinstance(a, (tuple, list)) for b in a]
-        proxy = next(a for a in flat if isinstance(a, TensorProxy))
+        proxy = next((a for a in flat if isinstance(a, TensorProxy)), None)
+        if proxy is None:
+            raise PatternError(f"makes a tensor with {func.__name__}; make it a parameter, or a number")
         return proxy._apply(func, args, kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
@@ -327,7 +390,9 @@ class TensorProxy:
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
-    __bool__ = __float__ = __int__ = __index__ = __len__ = __iter__ = __contains__ = _no_branching  # type: ignore[assignment]
+    __bool__ = __contains__ = _no_branching  # type: ignore[assignment]
+    __int__ = __float__ = __index__ = _no_conversion  # type: ignore[assignment]
+    __len__ = __iter__ = _no_loop  # type: ignore[assignment]
     __hash__ = object.__hash__  # comparisons are tensors
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -339,8 +404,14 @@ class TensorProxy:
     def __neg__(self) -> Any:
         return self._apply("neg", (self,), {})
 
+    def __abs__(self) -> Any:
+        return self._apply("abs", (self,), {})
 
-def _tensor_operator(fn: str, swapped: bool) -> Callable[[TensorProxy, Any], Any]:
+    def __invert__(self) -> Any:
+        return self._apply(operator.invert, (self,), {})
+
+
+def _tensor_operator(fn: Any, swapped: bool) -> Callable[[TensorProxy, Any], Any]:
     def apply(self: TensorProxy, other: Any) -> Any:
         return self._apply(fn, (other, self) if swapped else (self, other), {})
 
@@ -350,5 +421,12 @@ def _tensor_operator(fn: str, swapped: bool) -> Callable[[TensorProxy, Any], Any
 for _fn in ("add", "sub", "mul", "truediv", "pow", "matmul"):
     setattr(TensorProxy, f"__{_fn}__", _tensor_operator(_fn, False))
     setattr(TensorProxy, f"__r{_fn}__", _tensor_operator(_fn, True))
+for _fn, _target in (
+    ("and", operator.and_),
+    ("or", operator.or_),
+    ("floordiv", operator.floordiv),
+    ("mod", operator.mod),
+):
+    setattr(TensorProxy, f"__{_fn}__", _tensor_operator(_target, False))
 for _fn in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(TensorProxy, f"__{_fn}__", _tensor_operator(_fn, False))

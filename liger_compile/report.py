@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from torch import fx
 
@@ -14,11 +18,15 @@ class Place:
     """Where in the user's model a node comes from."""
 
     module: str
+    """`model.layers.0.mlp`; empty for code outside of any submodule."""
     source: str
+    """`modeling_llama.py:65: variance = ...`."""
+    file: str
+    """The whole path of that file, and the line: `/.../modeling_llama.py:65`; empty if unknown."""
 
     @classmethod
     def of(cls, node: fx.Node) -> Place:
-        return cls(_module_path(node), _source_line(node))
+        return cls(_module_path(node), *_source_line(node))
 
 
 def _module_path(node: fx.Node) -> str:
@@ -30,13 +38,14 @@ def _module_path(node: fx.Node) -> str:
     return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path).strip(".")
 
 
-def _source_line(node: fx.Node) -> str:
-    """The innermost line of Python that made a node: `modeling_llama.py:65: variance = ...`."""
+def _source_line(node: fx.Node) -> tuple[str, str]:
+    """The innermost line of Python that made a node, and its file with the whole path."""
     frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n\s+([^\n]*))?', node.meta.get("stack_trace") or "")
     if not frames:
-        return ""
+        return "", ""
     path, line, code = frames[-1]
-    return f"{path.rsplit('/', 1)[-1]}:{line}" + (f": {code.strip()}" if code.strip() else "")
+    short = f"{path.rsplit('/', 1)[-1]}:{line}" + (f": {code.strip()}" if code.strip() else "")
+    return short, f"{path}:{line}"
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,15 @@ class Rewritten:
     module: str
     source: str
     replacement: str
+    file: str = ""
+    body: str = ""
+    """Of a site in the body of an activation checkpoint: that submodule's name in the graph."""
+    nodes: tuple[str, ...] = ()
+    """The names of what was replaced, in the graph before."""
+    made: tuple[str, ...] = ()
+    """The names of what replaces it, in the graph after."""
+    graph: int = 0
+    """Which of the report's graphs it is in."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,13 @@ class Miss:
     source: str
     module: str
     reason: str
+    kind: str = "left"
+    """ "left": matched, and left alone for the reason; "near": it differs from the pattern."""
+    file: str = ""
+    body: str = ""
+    nodes: tuple[str, ...] = ()
+    """The names of the nodes it concerns, in the graph before."""
+    graph: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,9 +106,25 @@ class Report:
         return dict(collections.Counter(m.pattern for m in self.matches))
 
     def merge(self, other: Report) -> None:
-        self.matches += other.matches
-        self.misses += other.misses
+        first = len(self.graphs)
+        self.matches += [dataclasses.replace(m, graph=first + m.graph) for m in other.matches]
+        self.misses += [dataclasses.replace(m, graph=first + m.graph) for m in other.misses]
         self.graphs += other.graphs
+
+    def as_json(self) -> dict[str, Any]:
+        """The report without its graphs, of plain types."""
+        return {
+            "counts": self.counts,
+            "graphs": len(self.graphs),
+            "matches": [dataclasses.asdict(m) for m in self.matches],
+            "misses": [dataclasses.asdict(m) for m in self.misses],
+        }
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes a page to look at: the graphs before and after, every match and miss with its line of the model."""
+        from .page import page  # which is made of reports
+
+        Path(path).write_text(page(self), encoding="utf-8")
 
     def __str__(self) -> str:
         graphs = f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}"
@@ -92,12 +133,12 @@ class Report:
             rows = [("pattern", "rewrites", "in modules")]
             for name, count in sorted(self.counts.items()):
                 rows.append((name, str(count), _summary([m.module for m in self.matches if m.pattern == name])))
-            lines += ["", *_table(rows)]
-        if self.misses:
-            rows = [("left alone", "times", "reason", "source")]
-            grouped = collections.Counter((m.pattern, m.reason, m.source) for m in self.misses)
-            rows += [(p, str(n), reason, source) for (p, reason, source), n in grouped.items()]
-            lines += ["", *_table(rows)]
+            lines += ["", *table(rows)]
+        for kind, title in (("left", "left alone"), ("near", "near miss")):
+            grouped = collections.Counter((m.pattern, m.reason, m.source) for m in self.misses if m.kind == kind)
+            rows = [(p, str(n), reason, source) for (p, reason, source), n in grouped.items()]
+            if rows:
+                lines += ["", *table([(title, "times", "reason", "source"), *rows])]
         return "\n".join(lines)
 
 
@@ -108,7 +149,8 @@ def _summary(modules: list[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
+def table(rows: list[tuple[str, ...]]) -> list[str]:
+    """The lines of a table whose first row is its head."""
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
     return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from . import _torch
-from .emit import emit, target_of
+from . import _torch, fuel, verify
+from .emit import emit
 from .graph_terms import GraphTerms
 from .lazy import defer
 from .legality import Illegal, Site, check, sites
 from .match import Matcher, NearMiss
 from .options import Options
-from .pattern import Spelling
+from .pattern import Spelling, name_of, target_of
 from .registry import patterns
 from .report import GraphReport, Miss, Place, Report, Rewritten
 from .terms import Term
@@ -39,7 +40,7 @@ def rewrite(gm: fx.GraphModule, options: Options | None = None) -> Report:
     report = Report()
     options = options or Options()
     enabled = [p for p in patterns(options.patterns) if options.wants(p.name)]
-    spellings = sorted((s for p in enabled for s in p.spellings), key=lambda s: -s.operations)
+    spellings = sorted((s for p in enabled for s in p.spellings), key=lambda s: (-s.pattern.priority, -s.operations))
     after, _ = _rewrite_module(gm, spellings, options, report)
     report.graphs.append(GraphReport(gm, after))
     return report
@@ -65,7 +66,7 @@ def _rewrite_module(
         view.lender = caller if calls[0].target.__name__ in LENDING else None
     changed = _rewrite_bodies(after, view, spellings, options, report)
     found = _find(view, spellings, options, report)
-    changed |= _replace(after, view, found, report)
+    changed |= _replace(after, view, found, options, report)
     if not changed:
         return gm, []
     after.graph.lint()
@@ -85,8 +86,10 @@ def _rewrite_bodies(
                     calls.setdefault(body.target, []).append(node)
     changed = False
     for name, nodes in calls.items():
-        module = getattr(gm, name)
-        after, borrowed = _rewrite_module(module, spellings, options, report, view, nodes)
+        module, inside = getattr(gm, name), Report()
+        after, borrowed = _rewrite_module(module, spellings, options, inside, view, nodes)
+        report.matches += [dataclasses.replace(m, body=_inside(name, m.body)) for m in inside.matches]
+        report.misses += [dataclasses.replace(m, body=_inside(name, m.body)) for m in inside.misses]
         if after is not module:
             setattr(gm, name, after)
             changed = True
@@ -95,13 +98,21 @@ def _rewrite_bodies(
     return changed
 
 
+def _inside(name: str, body: str) -> str:
+    return f"{name}.{body}" if body else name
+
+
 def _find(view: GraphTerms, spellings: list[Spelling], options: Options, report: Report) -> list[Site]:
-    """The sites to rewrite: widest patterns first, no two on the same nodes. Notes what is left alone and why."""
+    """The sites to rewrite, no two on the same nodes. Notes what is left alone and why.
+
+    Patterns of one priority are tried widest first, exact matches before relaxed ones.
+    """
     found: list[Site] = []
     taken = _Taken(view)
     refused: dict[tuple[str, frozenset[fx.Node]], Miss] = {}
-    for matcher in (Matcher(view, options), Matcher(view, options, relaxed=True)):
-        for spelling in spellings:
+    matchers = (Matcher(view, options), Matcher(view, options, relaxed=True))
+    for _, group in itertools.groupby(spellings, key=lambda s: s.pattern.priority):
+        for matcher, spelling in itertools.product(matchers, tuple(group)):
             for anchor in matcher.anchors(spelling.roots[0]):
                 if anchor in taken.terms:
                     continue
@@ -153,8 +164,7 @@ def _match_at(
                 nodes = {*site.outputs, *site.interior}
                 legal.append(check(site, defer=options.logits == "lazy"))
         except Illegal as illegal:
-            place = Place.of(view.carriers[anchor][0])
-            refused[name, frozenset(nodes)] = Miss(name, place.source, place.module, str(illegal))
+            refused[name, frozenset(nodes)] = _miss(name, view.carriers[anchor][0], str(illegal), "left", nodes)
             continue
         if any(node in taken.outputs for site in legal for node in site.interior):
             continue  # would take apart what another pattern has replaced
@@ -184,29 +194,48 @@ def _near_misses(view: GraphTerms, spellings: list[Spelling], options: Options, 
             continue
         told[name] |= region
         node = next((n for t in (near.at, near.root) for n in view.carriers.get(t, ())), view.carriers[near.root][0])
-        place = Place.of(node)
-        misses.append((view.position[node], Miss(name, place.source, place.module, near.reason)))
+        nodes = [n for t in near.terms for n in view.carriers.get(t, ())]
+        misses.append((view.position[node], _miss(name, node, near.reason, "near", nodes)))
     return [miss for _, miss in sorted(misses, key=lambda m: m[0])]
 
 
-def _replace(gm: fx.GraphModule, view: GraphTerms, found: list[Site], report: Report) -> bool:
+def _miss(name: str, node: fx.Node, reason: str, kind: str, nodes: Iterable[fx.Node]) -> Miss:
+    place = Place.of(node)
+    names = tuple(dict.fromkeys(n.name for n in nodes))
+    return Miss(name, place.source, place.module, reason, kind, place.file, nodes=names)
+
+
+def _replace(gm: fx.GraphModule, view: GraphTerms, found: list[Site], options: Options, report: Report) -> bool:
     """Puts the replacements in and takes the replaced nodes out. Returns whether anything changed."""
     moved: dict[fx.Node, fx.Node] = {}
     changed = False
     for site in found:
         name = site.match.pattern.name
-        place = Place.of(site.outputs[0])
+        nodes = (*site.interior, *site.outputs)
         try:
-            results = emit(view, site, moved)
+            if not fuel.left(options.fuel):
+                raise Illegal(f"liger.fuel={options.fuel} is used up")
+            results, inserted = emit(view, site, moved)
         except Illegal as illegal:
-            report.misses.append(Miss(name, place.source, place.module, str(illegal)))
+            report.misses.append(_miss(name, site.outputs[0], str(illegal), "left", nodes))
             continue
+        if options.verify:
+            try:
+                results = verify.beside(gm, view, site, inserted, results)
+            except verify.Unverified as unverified:
+                reason = f"is rewritten, but not verified: {unverified}"
+                report.misses.append(_miss(name, site.outputs[0], reason, "left", nodes))
         for result, output in zip(results, site.outputs, strict=True):
             output.replace_all_uses_with(result, propagate_meta=False)
             moved[output] = result
         defer(gm, site, moved)
         target, _ = target_of(site.match.pattern.replacement)
-        report.matches.append(Rewritten(name, place.module, place.source, str(target)))
+        place, names = Place.of(site.outputs[0]), tuple(n.name for n in nodes)
+        made = tuple(n.name for n in dict.fromkeys(results if options.verify else inserted))
+        called = name_of(target)
+        rewritten = Rewritten(name, place.module, place.source, called, place.file, nodes=names, made=made)
+        report.matches.append(rewritten)
+        fuel.spend(options.fuel, rewritten)
         changed = True
     dead = {n for site in found if site.outputs[0] in moved for n in (*site.outputs, *site.interior)}
     read: set[fx.Node] = set()

@@ -48,17 +48,26 @@ class Term:
 
 @dataclass(frozen=True)
 class Expr:
-    """An integer, dtype or shape that a pattern computes from its operands: known only once they are matched."""
+    """An integer, dtype or shape that a pattern computes from its operands: known only once they are matched.
+
+    `fn` is "size", "dtype" or "shape" of a term, an arithmetic operation, or "operand" for an operand that is a dtype.
+    """
 
     fn: str
     args: tuple[Any, ...]
+
+
+_SAME_SHAPE = frozenset(
+    ("cast", "neg", "reciprocal", "square", "sqrt", "rsqrt", "exp", "tanh", "sigmoid", "silu", "relu", "gelu", "abs")
+)
+"""Operations with one tensor operand, whose shape is the result's."""
 
 
 def size(term: Term, dim: int) -> Any:
     """Extent of a negative dimension: an int or SymInt in a graph, an `Expr` in a pattern."""
     if term.shape is not None:
         return term.shape[dim]
-    if term.op == "cast":
+    if term.op in _SAME_SHAPE:
         return size(term.args[0], dim)
     if term.op == "slice" and term.args[4] == 1:
         inner, sliced, lo, hi, _ = term.args
@@ -73,6 +82,7 @@ _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "floordiv": lambda a, b: a // b,
     "truediv": lambda a, b: a / b,
     "mod": lambda a, b: a % b,
+    "pow": lambda a, b: a**b,
 }
 
 
@@ -95,6 +105,8 @@ def evaluate(value: Any, matched: Callable[[Term], Term]) -> Any:
         return tuple(evaluate(v, matched) for v in value)
     if not isinstance(value, Expr):
         return value
+    if value.fn == "operand":
+        return matched(value.args[0])
     if value.fn == "size":
         return size(matched(value.args[0]), value.args[1])
     if value.fn == "dtype":
@@ -173,6 +185,8 @@ def describe(value: Any, depth: int = 3) -> str:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, Expr):
+        if value.fn == "operand":
+            return describe(value.args[0])
         if value.fn in ("size", "dtype", "shape"):
             return f"{value.fn}({', '.join(describe(a, 1) for a in value.args if not callable(a))})"
         return f"{value.fn}({', '.join(describe(a, depth) for a in value.args)})"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import collections
 import logging
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import capture, relative_error
+from models import batch, build
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 
@@ -321,13 +324,20 @@ def test_debug_folder(option, configs, tmp_path, monkeypatch):
     root = tmp_path / ("liger_debug" if option is True else "folder")
     assert sorted(p.name for p in root.iterdir()) == ["000", "001"]
     for folder in root.iterdir():
-        assert sorted(p.name for p in folder.iterdir()) == ["after.py", "before.py", "report.txt"]
-    first, second = ({p.stem: p.read_text() for p in (root / n).iterdir()} for n in ("000", "001"))
-    assert "rsqrt: " in first["before"] and "rms_norm" not in first["before"]
-    assert "liger_compile.rms_norm.default" in first["after"] and "rsqrt: " not in first["after"]
-    assert "f32[6, 8]" in first["before"] and "f32[6, 8]" in first["after"]
-    assert first["report"].startswith("liger_compile: 1 rewrite in 1 graph") and "rms_norm" in first["report"]
-    assert second["before"] == second["after"] and "relu" in second["report"]
+        assert sorted(p.name for p in folder.iterdir()) == [
+            "after.py",
+            "before.py",
+            "report.html",
+            "report.json",
+            "report.txt",
+        ]
+    first, second = ({p.name: p.read_text() for p in (root / n).iterdir()} for n in ("000", "001"))
+    assert "rsqrt: " in first["before.py"] and "rms_norm" not in first["before.py"]
+    assert "liger_compile.rms_norm.default" in first["after.py"] and "rsqrt: " not in first["after.py"]
+    assert "f32[6, 8]" in first["before.py"] and "f32[6, 8]" in first["after.py"]
+    assert first["report.txt"].startswith("liger_compile: 1 rewrite in 1 graph")
+    assert all("rms_norm" in first[f"report.{kind}"] for kind in ("txt", "json", "html"))
+    assert second["before.py"] == second["after.py"] and "relu" in second["report.txt"]
     torch._dynamo.reset()
     torch.compile(two_graphs, backend="liger", options={"liger.debug": option})(*operands())
     assert len(list(root.iterdir())) == 4  # nothing is overwritten
@@ -339,8 +349,14 @@ def test_no_debug_folder_unless_asked(configs, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_debug_folder_that_cannot_be_written_is_told(configs, logged, tmp_path):
+    (tmp_path / "file").touch()
+    compiled = torch.compile(layer, backend="liger", options={"liger.debug": tmp_path / "file"})
+    assert_like_eager(compiled, layer, operands())
+    assert len(logged) == 1 and "the report was not written" in logged[0]
+
+
 def test_reports_are_logged(configs):
-    """`TORCH_LOGS` knows only torch's loggers; ours is `liger_compile`."""
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append((record.levelname, record.getMessage()))
@@ -353,6 +369,19 @@ def test_reports_are_logged(configs):
         backend.log.setLevel(logging.NOTSET)
     assert [level for level, _ in messages] == ["INFO"]
     assert "2 rewrites in 1 graph" in messages[0][1]
+
+
+def test_torchs_own_logging_and_trace(tmp_path):
+    """`TORCH_LOGS` shows the reports; in a `TORCH_TRACE` they and the graphs are artifacts, for tlparse."""
+    code = "import torch; f = torch.compile(torch.nn.RMSNorm(8), backend='liger', options={'liger.verify': True})"
+    environment = {**os.environ, "TORCH_LOGS": "+liger_compile", "TORCH_TRACE": str(tmp_path)}
+    program = [sys.executable, "-c", f"{code}; f(torch.randn(2, 8))"]
+    result = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+    assert "liger_compile: 1 rewrite in 1 graph" in result.stderr
+    (trace,) = tmp_path.iterdir()
+    trace = trace.read_text()
+    for name, text in (("report", "1 rewrite in 1 graph"), ("graph", "verify_0")):
+        assert f'"artifact": {{"name": "liger_compile_{name}", "encoding": "string"}}' in trace and text in trace
 
 
 # ---- fallbacks -------------------------------------------------------------------------------------------------------
@@ -697,6 +726,24 @@ def test_explain():
     assert str(report).startswith("liger_compile: 4 rewrites in 2 graphs")
     report = liger_compile.explain(broken, options={"liger.disable": "swiglu"})(*args)
     assert report.counts == {"rms_norm": 2}
+
+
+def test_explain_costs_less_than_tracing_again(monkeypatch):
+    """It traces once, never calls Inductor, and rewriting takes less time than the tracing."""
+    monkeypatch.setattr(_torch, "compile_fx", None)
+    model, inputs = build("llama", num_hidden_layers=4), batch()
+    start = time.perf_counter()
+    graph = capture(model, **inputs)
+    traced = time.perf_counter() - start
+    spent = []
+    for _ in range(3):  # the machine may be busy with other things
+        start = time.perf_counter()
+        rewrite(graph)
+        spent.append(time.perf_counter() - start)
+    print(f"tracing {traced:.2f} s, rewriting {min(spent):.2f} s")
+    assert min(spent) < traced
+    explained = liger_compile.explain(model)(**inputs)
+    assert len(explained.graphs) == 1 and explained.counts["rms_norm"] == 9
 
 
 def test_explain_refuses_other_arguments():

@@ -8,6 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
+
+import liger_compile
 
 SCRIPT = """
 import json, torch, torch.nn.functional as F
@@ -81,3 +86,32 @@ def test_other_code_of_the_ops_is_not_found(runs):
     assert changed["aot"]["autograd_cache_miss"] == 1 and "autograd_cache_hit" not in changed["aot"]
     assert changed["results"] == first["results"]
     assert again["aot"]["autograd_cache_hit"] == 1  # each has entries of its own
+
+
+@torch.library.custom_op("liger_test::half_square", mutates_args=())
+def half_square(x: torch.Tensor) -> torch.Tensor:
+    return x.square() / 2
+
+
+half_square.register_fake(torch.empty_like)
+FACTOR = [1.0]
+half_square.register_autograd(
+    lambda ctx, dy: FACTOR[0] * dy * ctx.saved_tensors[0],
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def test_another_gradient_of_a_users_op_is_seen():
+    """Its name is what it was; AOTAutograd's cache would have the gradient of before."""
+    made = liger_compile.make_pattern(lambda x: x.square() / 2, half_square)
+    x = torch.ones(8, requires_grad=True)
+    with fresh_cache():
+        for factor in (1.0, 3.0):
+            FACTOR[0] = factor
+            torch._dynamo.reset()
+            counters.clear()
+            compiled = torch.compile(lambda x: x.square() / 2, backend="liger", options={"liger.patterns": [made]})
+            (gradient,) = torch.autograd.grad(compiled(x).sum(), x)
+            assert torch.equal(gradient, torch.full((8,), factor))
+            assert not counters["aot_autograd"]["autograd_cache_hit"]
+    assert counters["inductor"]["fxgraph_cache_hit"] == 1  # the forward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -51,6 +52,21 @@ def test_explain_eval(capsys, config):
 def test_explain_as_a_table(capsys, config):
     assert main(["explain", str(config)]) == 0
     assert "12 rewrites in 1 graph" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, begins", [([], "liger_compile: 12 rewrites"), (["--json"], "{")])
+def test_explain_as_a_page(capsys, config, tmp_path, flags, begins):
+    page = tmp_path / "out.html"
+    assert main(["explain", str(config), "--html", str(page), *flags]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(begins) and str(page) in captured.err
+    assert "model.layers.1.mlp" in page.read_text(encoding="utf-8")
+
+
+def test_a_page_that_cannot_be_written(capsys, tmp_path):
+    assert main(["explain", "test_cli:norm", "--html", str(tmp_path / "none" / "out.html")]) == 1
+    captured = capsys.readouterr()
+    assert "out.html cannot be written: No such file or directory" in captured.err and not captured.out
 
 
 class Norm(nn.Module):
@@ -104,8 +120,18 @@ def test_wrong_usage():
 
 def test_patterns(capsys):
     assert main(["patterns"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["pattern", "function", "defined", "in", "priority", "replacement"]
     assert [line.split()[:2] for line in lines] == [[p.name, p.function.__name__] for p in patterns()]
+    swiglu = r"swiglu +swiglu +glu\.py:\d+ +0 +liger_compile\.glu\.default"
+    assert any(re.fullmatch(swiglu, line) for line in lines)
+
+
+def test_a_pattern_of_ones_own_is_listed(capsys, registered):
+    liger_compile.register_pattern(lambda x: x.sin().exp(), lambda x: x.clone(), name="mine", priority=2)
+    assert main(["patterns"]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"mine +<lambda> +test_cli\.py:\d+ +2 +replacement", last)
 
 
 def test_env():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import capture, relative_error
+from helpers import capture, relative_error, rewritten
 from torch import Tensor
 
 from liger_compile import Options, PatternError, make_pattern, pattern, register_pattern, rewrite
@@ -82,6 +82,31 @@ def loop_over_rows(x):
     return x
 
 
+def unpacks_results(x):
+    values, _ = x.exp().topk(2)
+    return values
+
+
+def if_any_size(x):
+    return x.exp() if any(n == 1 for n in x.shape) else -x
+
+
+def largest_of_two(x):
+    return max(x.exp(), x)
+
+
+def device_of_operand(x):
+    return x.exp() + torch.arange(3, device=x.device)
+
+
+def python_number_of_size(x):
+    return x / math.sqrt(x.shape[-1])
+
+
+def operand_read_for_its_dtype(x, w):
+    return x.exp().to(w.dtype)
+
+
 def unpacks_shape(x):
     _, width = x.shape
     return x / width
@@ -132,6 +157,10 @@ def index_assignment(x):
 
 def tensor_made_inside(x):
     return x.exp() * torch.ones(3)
+
+
+def tensor_made_of_a_size(x):
+    return x.exp() * torch.arange(x.shape[-1])
 
 
 def no_such_method(x):
@@ -197,32 +226,48 @@ REFUSED = [
     (if_on_dtype, one, {}, r"branches on dtype\(x\)"),
     (if_on_dimensions, one, {}, r"reads \.ndim.*use check="),
     (while_on_data, one, {}, r"branches on"),
-    (loop_over_rows, one, {}, r"branches on x"),
+    (loop_over_rows, one, {}, r"loops over x or unpacks it.*x\.chunk\(n, dim=-1\)"),
+    (unpacks_results, one, {}, r"loops over call\(topk, exp\(x\).*or unpacks it"),
+    (if_any_size, one, {}, r"unpacks a shape.*x\.shape\[-1\]"),
+    (largest_of_two, one, {}, r"branches on call\(gt, .*exp\(x\)"),
+    (device_of_operand, one, {}, r"reads \.device.*use check="),
+    (
+        python_number_of_size,
+        one,
+        {},
+        r"makes a Python number of size\(x, -1\).*x\.shape\[-1\] \*\* 0\.5 for math\.sqrt",
+    ),
     (unpacks_shape, one, {}, r"unpacks a shape.*x\.shape\[-1\]"),
     (shape_from_the_front, one, {}, r"reads shape\[0\].*from the back"),
     (dimension_from_the_front, one, {}, r"from the front.*dim=-1"),
     (numpy_function, one, {}, r"passed to NumPy; write the pattern with torch functions"),
     (numpy_method, one, {}, r"uses \.numpy\(\), whose result is not a tensor"),
     (item, one, {}, r"uses \.item\(\), whose result is not a tensor"),
-    (python_math, one, {}, r"branches on call\(sum, x"),
+    (python_math, one, {}, r"makes a Python number of call\(sum, x.*torch functions"),
     (in_place, one, {}, r"writes to its operand with add_"),
     (in_place_function, one, {}, r"writes to its operand with silu"),
     (out_argument, one, {}, r"writes to its operand with add"),
     (index_assignment, one, {}, r"writes to its operand with \[\]"),
     (tensor_made_inside, one, {}, r"tensor made in the function; make it a parameter"),
+    (tensor_made_of_a_size, one, {}, r"makes a tensor with arange; make it a parameter"),
     (no_such_method, one, {}, r"uses \.exponential_linear, which torch\.Tensor does not have"),
     (view_to_a_size, one, {}, r"a shape that a pattern cannot know"),
     (raises, one, {}, r"cannot be traced: KeyError: 'unheard of'"),
     (returns_nothing, one, {}, r"must return a tensor, or a tuple of tensors, not None"),
     (returns_a_dictionary, one, {}, r"must return a tensor, .*not \{'y': exp\(x\)\}"),
-    (returns_its_operand, one, {}, r"returns its parameter 'x' unchanged"),
+    (returns_its_operand, one, {}, r"returns its parameter 'x' unchanged; leave it out of the results"),
+    (operand_read_for_its_dtype, two, {}, r"of parameter 'w' only the size or dtype is used.*w: torch\.dtype"),
     (operand_never_used, two, {}, r"parameter 'w' has no part in the result; remove it"),
     (operand_used_in_a_dead_branch, two, {}, r"parameter 'w' has no part in the result"),
     (starred, one, {}, r"name each operand instead of \*xs"),
     (keyword_without_values, one, {}, r"'eps' needs an annotation Literal\[\.\.\.\]"),
     (keyword_of_any_value, one, {}, r"'eps' needs an annotation Literal\[\.\.\.\]"),
-    (exp, two, {}, r"the replacement needs 'w', which is not an operand"),
-    (scaled, one, {}, r"the replacement does not take the operand 'w'"),
+    (exp, two, {}, r"the replacement needs 'w', which is not an operand \(these are x\); rename it, fix it with funct"),
+    (exp, two, {}, r"or give it a default if check= provides it"),
+    (scaled, one, {}, r"the replacement does not take the operand 'w'; it takes x, and operands are given by name"),
+    (scaled, torch.nn.Linear(3, 3), {}, r"replacement is a Linear, a module; give a function of its operands"),
+    (torch.nn.Linear(3, 3), one, {}, r"function is a Linear, a module; give a function .* weight among them"),
+    (exp, one, {"priority": "high"}, r"priority='high'; give a whole number"),
     (exp, anything, {}, r"the replacement does not take the operand 'x'"),
     (exp, functools.partial(two, v=3), {}, r"the replacement needs 'w'"),
     (scaled, functools.partial(two, 3), {}, r"fix arguments by name, not by position"),
@@ -380,6 +425,182 @@ def test_scalars_are_operands():
     assert seen == [3.5]
 
 
+CONSTANTS = [
+    # pattern, graph, captured
+    (lambda x, n: x.sin() / n, lambda x: x.sin() / 3, 3),
+    (lambda x, n: x.sin() / n, lambda x: x.sin() / x.shape[-1], 6),
+    (lambda x, n: F.mse_loss(x.sin(), x, reduction=n), lambda x: F.mse_loss(x.sin(), x, reduction="sum"), "sum"),
+    (lambda x, n: F.mse_loss(x.sin(), x, reduction=n), lambda x: F.mse_loss(x.sin(), x), "mean"),
+    (lambda x, n: F.gelu(x.sin(), approximate=n), lambda x: F.gelu(x.sin(), approximate="tanh"), "tanh"),
+    (lambda x, n: F.softmax(x.sin(), n), lambda x: F.softmax(x.sin(), -1), -1),
+    (lambda x, n: F.leaky_relu(x.sin(), n), lambda x: F.leaky_relu(x.sin(), 0.3), 0.3),
+    (lambda x, n: F.hardtanh(x.sin(), max_val=n), lambda x: F.hardtanh(x.sin(), max_val=2.5), 2.5),
+]
+
+
+@pytest.mark.parametrize("function, graph, value", CONSTANTS, ids=range(len(CONSTANTS)))
+def test_constants_are_operands(function, graph, value):
+    seen = []
+
+    def replace(x, n):
+        seen.append(n)
+        return function(x, n)
+
+    report = found(function, replace, graph, torch.randn(4, 6))
+    assert report.counts == {"mine": 1} and seen == [value], report
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float32])
+def test_a_dtype_is_an_operand(dtype):
+    """Casting to the dtype a value has leaves no trace in a graph, and is found all the same."""
+
+    def rounded(x, dtype: torch.dtype):
+        return x.sin().to(dtype)
+
+    x = torch.randn(3)
+    report = found(rounded, lambda x, dtype: x.cos().to(dtype), lambda x: x.sin().to(dtype), x)
+    assert report.counts == {"mine": 1}, report
+    assert torch.equal(report.graphs[0].after(x)[0], x.cos().to(dtype))
+    assert len(report.graphs[0].after.graph.nodes) == 3 + (dtype is x.dtype)  # no cast behind it, but for an idle one
+
+
+def test_a_dtype_used_twice_is_the_same():
+    def rounded(x, y, dtype: torch.dtype):
+        return torch.softmax(x.sin(), -1, dtype=dtype) * y.sin().to(dtype)
+
+    def graph(x, y, dtype):
+        return torch.softmax(x.sin(), -1, dtype=torch.float16) * y.sin().to(dtype)
+
+    x, y = torch.randn(2, 3)
+    for dtype, count in ((torch.float16, {"mine": 1}), (torch.bfloat16, {})):
+        report = found(rounded, lambda x, y, dtype: x.to(dtype), lambda x, y, d=dtype: graph(x, y, d), x, y)
+        assert report.counts == count, report
+
+
+def test_a_dtype_by_the_schema_of_an_op():
+    @torch.library.custom_op("liger_test::rounded", mutates_args=())
+    def op(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.cos().to(dtype)
+
+    op.register_fake(lambda x, dtype: torch.empty_like(x, dtype=dtype))
+    x = torch.randn(3)
+    report = found(lambda x, dtype: x.sin().to(dtype), op, lambda x: x.sin().to(torch.float16), x)
+    assert report.counts == {"mine": 1}, report
+    assert torch.equal(report.graphs[0].after(x)[0], x.cos().half())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("by_check", [False, True], ids=["captured", "by check"])
+def test_a_size_is_handed_to_the_replacement(dynamic, by_check):
+    """With sizes that only the compiler knows, too."""
+
+    def captured(x, n: int):
+        return x.sin() / n
+
+    def read(x):
+        return x.sin() / x.shape[-1]
+
+    def replace(x, n: int = 0):
+        return x.cos() * n
+
+    function, check = (read, lambda match: {"n": match.shape("x")[-1]}) if by_check else (captured, None)
+    x = torch.randn(4, 6)
+    gm = capture(read, x, dynamic=dynamic)
+    made = make_pattern(function, replace, check, name="mine")
+    report = rewrite(gm, Options(enable=("mine",), patterns=(made,)))
+    assert report.counts == {"mine": 1}, report
+    assert torch.equal(
+        torch.compile(read, backend=rewritten(options=Options(patterns=(made,))), dynamic=dynamic)(x), x.cos() * 6
+    )
+
+
+def test_a_size_of_an_operand_that_the_graph_does_not_read():
+    """Then the replacement's argument is read from the operand."""
+
+    def replace(x, n: int = 0):
+        return x.cos() * n
+
+    made = make_pattern(exp, replace, lambda match: {"n": match.shape("x")[0]}, name="mine")
+    reports = []
+    compiled = torch.compile(exp, backend=rewritten(reports, options=Options(patterns=(made,))), dynamic=True)
+    for rows in (4, 7):
+        x = torch.randn(rows, 3)
+        assert torch.equal(compiled(x), x.cos() * rows)
+    assert [r.counts for r in reports] == [{"mine": 1}]
+
+
+OPTIONAL = {
+    "left out": lambda x, w, b: F.linear(x.sin(), w),
+    "None": lambda x, w, b: F.linear(x.sin(), w, None),
+    "there": lambda x, w, b: F.linear(x.sin(), w, b),
+}
+
+
+@pytest.mark.parametrize("graph", OPTIONAL.values(), ids=OPTIONAL.keys())
+def test_an_optional_operand(graph):
+    def layer(x, w, b: Tensor | None):
+        return F.linear(x.sin(), w, b)
+
+    def replace(x, w, b):
+        return F.linear(x.cos(), w, b)
+
+    x, w, b = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)
+    there = graph is OPTIONAL["there"]
+    report = found(layer, replace, graph, x, w, b)
+    assert report.counts == {"mine": 1}, report
+    (y,) = report.graphs[0].after(*((x, w, b) if there else (x, w)))
+    assert torch.equal(y, F.linear(x.cos(), w, b if there else None))
+
+
+def test_an_operand_that_is_not_optional():
+    def layer(x, w, b: Tensor):
+        return F.linear(x.sin(), w, b)
+
+    def replace(x, w, b):
+        return F.linear(x.cos(), w, b)
+
+    x, w, b = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)
+    assert not found(layer, replace, OPTIONAL["left out"], x, w, b).counts
+    assert found(layer, replace, OPTIONAL["there"], x, w, b).counts == {"mine": 1}
+
+
+def test_an_operand_used_twice_is_one_tensor():
+    def gated(x):
+        return x.sigmoid() * x.exp()
+
+    x, y = torch.randn(2, 3)
+    assert found(gated, one, lambda x, y: y.exp() * x.sigmoid(), x, x.clone()).counts == {}
+    report = found(gated, one, lambda x, y: x.sigmoid() * y.exp(), x, y)
+    assert not report.counts and [m.reason for m in report.misses] == ["x is l_x in one place and l_y in another"]
+    assert found(gated, one, lambda x, y: y.exp() * y.sigmoid(), x, y).counts == {"mine": 1}
+
+
+def test_a_number_used_twice_is_one_number():
+    def scaled(x, n: float):
+        return (x * n).exp() * n
+
+    x = torch.randn(3)
+    assert not found(scaled, lambda x, n: x.clone(), lambda x: (x * 2).exp() * 3, x).counts
+    assert found(scaled, lambda x, n: x.clone(), lambda x: (x * 2).exp() * 2, x).counts == {"mine": 1}
+
+
+OPERATORS = [
+    lambda x, y: (x > 0) & (y > 0),
+    lambda x, y: ~(x > 0) | (y > 1),
+    lambda x, y: abs(x.sin() - y),
+    lambda x, y: (x.sin() + y) // 2,
+    lambda x, y: (x.sin() + y) % 3,
+    lambda x, y: (x.sin() + y) / x.shape[-1] ** 0.5,
+    lambda x, y: (x.exp().sum(-1) / x.shape[-1]) * y.sum(-1),
+]
+
+
+@pytest.mark.parametrize("function", OPERATORS, ids=range(len(OPERATORS)))
+def test_python_operators(function):
+    x, y = torch.randn(2, 4, 8)
+    assert found(function, lambda x, y: function(x, y), function, x, y).counts == {"mine": 1}
+
+
 def test_annotations_that_cannot_be_evaluated_say_nothing():
     def annotated(x: "OnlyForTypeCheckers"):  # noqa: F821, UP037
         return x.sin().exp()
@@ -401,6 +622,28 @@ def test_a_replacement_of_another_shape_is_refused():
     report = found(exp, lambda x: x[:1], lambda x: x.exp(), torch.randn(3))
     assert not report.counts
     assert [m.reason for m in report.misses] == ["the replacement gives (1,) on cpu, the graph has (3,) on cpu"]
+
+
+def pair(x):
+    return x.sin(), x.cos()
+
+
+MISMATCHED = [
+    # function, replacement, what the report says
+    (exp, lambda x: (x, x), "the replacement gives a tuple of 2 where the pattern gives one result"),
+    (exp, lambda x: (x.clone(),), "the replacement gives a tuple of 1 where the pattern gives one result"),
+    (exp, lambda x: None, "the replacement gives None, the graph has (3,) on cpu"),
+    (exp, lambda x: x.half(), "the replacement gives torch.float16, the graph has torch.float32"),
+    (exp, lambda x: x.to("meta"), "the replacement gives (3,) on meta, the graph has (3,) on cpu"),
+    (pair, lambda x: x.clone(), "the replacement gives one result where the pattern gives a tuple of 2"),
+    (pair, lambda x: (x + 1, x, x), "the replacement gives a tuple of 3 where the pattern gives a tuple of 2"),
+]
+
+
+@pytest.mark.parametrize("function, replacement, reason", MISMATCHED, ids=[m[2] for m in MISMATCHED])
+def test_a_replacement_with_other_results_is_refused(function, replacement, reason):
+    report = found(function, replacement, function, torch.randn(3))
+    assert not report.counts and [m.reason for m in report.misses] == [reason]
 
 
 def test_a_replacement_that_raises_is_refused():
