@@ -12,7 +12,7 @@ demo: $(VENV)/ready
 	$(PY) -m bench.demo
 
 test: $(VENV)/ready lint
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-gpu: $(if $(filter $(VENV)/%,$(PY)),$(VENV)/ready)
 	$(PY) -m pytest -m gpu
