@@ -44,6 +44,16 @@ class Match:
     def pattern(self) -> Pattern:
         return self.spelling.pattern
 
+    @property
+    def effect(self) -> str:
+        """What the rewrite spares, in words; empty if that is not known."""
+        if self.pattern.effect is None:
+            return ""
+        try:
+            return self.pattern.effect(self)
+        except Exception as error:  # the rewrite itself is right
+            return f"effect= raises {type(error).__name__}: {error}"
+
     def dtype(self, name: str) -> torch.dtype:
         return self.captures[name].dtype
 

@@ -111,7 +111,7 @@ class _Data:
             "graph": site.graph,
             "body": site.body,
             "module": site.module,
-            "text": site.replacement if rewritten else site.reason,
+            "text": "; ".join(filter(None, (site.replacement, site.effect))) if rewritten else site.reason,
             "place": self._place(site.source, site.file),
             **numbers,
         }

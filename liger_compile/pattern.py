@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Check = Callable[["Match"], "str | dict[str, Any] | None"]
 Examples = Callable[[Any, int], Iterable[dict[str, Any]]]
+Effect = Callable[["Match"], str]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Pattern:
     """Operands to try the pattern with: given a tensor factory and a number of rows, yields them by name."""
     priority: int = 0
     """Patterns of higher priority are tried first, whatever their width."""
+    effect: Effect | None = None
+    """What the rewrite of a match spares, in words, for the report; empty if that is not known."""
 
     @functools.cached_property
     def spellings(self) -> tuple[Spelling, ...]:

@@ -17,7 +17,7 @@ import torch
 
 from . import trial
 from .emit import parameters_of
-from .pattern import Check, Examples, Pattern, target_of, where
+from .pattern import Check, Effect, Examples, Pattern, target_of, where
 from .terms import PatternError
 
 log = logging.getLogger("liger_compile")
@@ -37,6 +37,7 @@ def register_pattern(
     on_demand: bool = False,
     examples: Examples | None = None,
     priority: int = 0,
+    effect: Effect | None = None,
 ) -> Pattern:
     """Registers a pattern for every later compilation in this process.
 
@@ -68,12 +69,14 @@ def register_pattern(
             What `check` would provide is left at its default.
         priority: patterns of higher priority are tried first; of equal ones, the one with more operations. With 1, a
             pattern comes before all that are shipped, whatever they match.
+        effect: given the `Match`, returns what its rewrite spares, in words, for the report; an empty string if that is
+            not known, for instance because a size is not.
 
     Raises:
         PatternError: the function cannot be traced, the replacement does not take its operands, or its results are
             others than the function's on the examples.
     """
-    made = make_pattern(function, replacement, check, name, recompute, on_demand, examples, priority)
+    made = make_pattern(function, replacement, check, name, recompute, on_demand, examples, priority, effect)
     at = next((i for i, p in enumerate(_PATTERNS) if _identity(p) == _identity(made)), len(_PATTERNS))
     _PATTERNS[at : at + 1] = [made]
     return made
@@ -94,11 +97,12 @@ def pattern(
     on_demand: bool = False,
     examples: Examples | None = None,
     priority: int = 0,
+    effect: Effect | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator form of `register_pattern`. The function itself is returned unchanged."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        register_pattern(function, replace, check, name, recompute, on_demand, examples, priority)
+        register_pattern(function, replace, check, name, recompute, on_demand, examples, priority, effect)
         return function
 
     return register
@@ -113,11 +117,13 @@ def make_pattern(
     on_demand: bool = False,
     examples: Examples | None = None,
     priority: int = 0,
+    effect: Effect | None = None,
 ) -> Pattern:
     """A pattern that is checked but not registered: for one compilation (`options={"liger.patterns": [...]}`), or for a
     block (`with liger_compile.registered(...)`). Arguments and errors are those of `register_pattern`."""
-    for what, value in (("function", function), ("replacement", replacement), ("check", check), ("examples", examples)):
-        if not callable(value) and not (value is None and what in ("check", "examples")):
+    optional = {"check": check, "examples": examples, "effect": effect}
+    for what, value in {"function": function, "replacement": replacement, **optional}.items():
+        if not callable(value) and not (value is None and what in optional):
             raise PatternError(f"pattern {name or function!r}: {what}={value!r} cannot be called; give a function")
         if isinstance(value, torch.nn.Module):
             raise PatternError(
@@ -133,7 +139,7 @@ def make_pattern(
         inspect.signature(function)
     except (TypeError, ValueError) as error:
         raise PatternError(f"{where(function)}: has no signature; call it in a function of the operands") from error
-    made = Pattern(name, function, replacement, check, recompute, on_demand, examples, priority)
+    made = Pattern(name, function, replacement, check, recompute, on_demand, examples, priority, effect)
     target, fixed = target_of(replacement)
     accepted = parameters_of(target)
     for spelling in made.spellings:

@@ -65,6 +65,8 @@ class Rewritten:
     """The names of what replaces it, in the graph after."""
     graph: int = 0
     """Which of the report's graphs it is in."""
+    effect: str = ""
+    """What the rewrite spares, where the pattern can tell."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,13 @@ class Report:
         graphs = f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}"
         lines = [f"liger_compile: {len(self.matches)} rewrite{'s' * (len(self.matches) != 1)} in {graphs}"]
         if self.matches:
-            rows = [("pattern", "rewrites", "in modules")]
+            rows = [("pattern", "rewrites", "in modules", "what it spares")]
             for name, count in sorted(self.counts.items()):
-                rows.append((name, str(count), _summary([m.module for m in self.matches if m.pattern == name])))
+                found = [m for m in self.matches if m.pattern == name]
+                spared = "; ".join(dict.fromkeys(m.effect for m in found if m.effect))
+                rows.append((name, str(count), _summary(found), spared))
+            if not any(row[3] for row in rows[1:]):
+                rows = [row[:3] for row in rows]
             lines += ["", *table(rows)]
         for kind, title in (("left", "left alone"), ("near", "near miss")):
             grouped = collections.Counter((m.pattern, m.reason, m.source) for m in self.misses if m.kind == kind)
@@ -142,11 +148,18 @@ class Report:
         return "\n".join(lines)
 
 
-def _summary(modules: list[str]) -> str:
+def _summary(matches: list[Rewritten]) -> str:
     """Module paths with layer numbers folded: `model.layers.*.mlp`."""
-    folded = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", m) for m in modules if m)
+    folded = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", m.module) for m in matches if m.module)
     names = list(folded)
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def size(n: int) -> str:
+    """Bytes, in words: `1.5 GiB`, `561 MiB`."""
+    exponent = min(max(n, 1).bit_length() - 1, 30) // 10
+    amount = n / 1024**exponent
+    return f"{amount:{'.0f' if amount >= 100 else '.3g'}} {('bytes', 'KiB', 'MiB', 'GiB')[exponent]}"
 
 
 def table(rows: list[tuple[str, ...]]) -> list[str]:

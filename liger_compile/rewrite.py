@@ -233,7 +233,8 @@ def _replace(gm: fx.GraphModule, view: GraphTerms, found: list[Site], options: O
         place, names = Place.of(site.outputs[0]), tuple(n.name for n in nodes)
         made = tuple(n.name for n in dict.fromkeys(results if options.verify else inserted))
         called = name_of(target)
-        rewritten = Rewritten(name, place.module, place.source, called, place.file, nodes=names, made=made)
+        told = {"nodes": names, "made": made, "effect": site.match.effect}
+        rewritten = Rewritten(name, place.module, place.source, called, place.file, **told)
         report.matches.append(rewritten)
         fuel.spend(options.fuel, rewritten)
         changed = True

@@ -5,6 +5,7 @@ told so, can run the flash kernels, which skip what is hidden. A mask that says 
 was measured to be faster. Neither mask nor repeated keys are stored.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ from liger_compile.match import Match
 from liger_compile.ops import masked_attention
 from liger_compile.predicate import All, Bool, Unread, at_least_zero, plus
 from liger_compile.registry import pattern
+from liger_compile.report import size
 from liger_compile.terms import same
 
 attention = torch.ops.aten.scaled_dot_product_attention.default
@@ -151,30 +153,50 @@ def examples(make, rows):
         }
 
 
-def attention_pattern(check, replace, **fixed):
-    return pattern(replace=partial(replace, **fixed), check=check, name="attention", examples=examples)
+def attention_pattern(check, replace, effect, **fixed):
+    return pattern(partial(replace, **fixed), check=check, name="attention", examples=examples, effect=effect)
 
 
-@attention_pattern(check_causal, attention, attn_mask=None, is_causal=True)
+def spares_half(match: Match) -> str:
+    return "half of the scores"
+
+
+def spares_copies(match: Match) -> str:
+    query, key, value = (match.shape(name) for name in ("query", "key", "value"))
+    sizes = (*query[:-2], key[-2], key[-1] + value[-1], match.dtype("key").itemsize)
+    return f"{size(math.prod(sizes))} of repeated keys and values" if all(isinstance(n, int) for n in sizes) else ""
+
+
+def spares_half_and_copies(match: Match) -> str:
+    return ", ".join(filter(None, (spares_half(match), spares_copies(match))))
+
+
+def spares_blocks(match: Match) -> str:
+    return "blocks of scores that no query sees"
+
+
+@attention_pattern(check_causal, attention, spares_half, attn_mask=None, is_causal=True)
 def masked(query, key, value, attn_mask: torch.Tensor, dropout_p, scale):
     return attention(query, key, value, attn_mask, dropout_p, scale=scale)
 
 
-@attention_pattern(check_causal_groups, attention, attn_mask=None, is_causal=True, enable_gqa=True)
+@attention_pattern(
+    check_causal_groups, attention, spares_half_and_copies, attn_mask=None, is_causal=True, enable_gqa=True
+)
 def masked_groups(query, key, value, attn_mask: torch.Tensor, dropout_p, scale):
     return attention(query, *repeated(query, key, value), attn_mask, dropout_p, scale=scale)
 
 
-@attention_pattern(check_groups, attention, enable_gqa=True)
+@attention_pattern(check_groups, attention, spares_copies, enable_gqa=True)
 def groups(query, key, value, dropout_p, is_causal, scale):
     return attention(query, *repeated(query, key, value), None, dropout_p, is_causal, scale=scale)
 
 
-@attention_pattern(check_seen, masked_attention)
+@attention_pattern(check_seen, masked_attention, spares_blocks)
 def seen(query, key, value, attn_mask: torch.Tensor, scale):
     return attention(query, key, value, attn_mask, 0.0, scale=scale)
 
 
-@attention_pattern(check_seen, masked_attention)
+@attention_pattern(check_seen, masked_attention, spares_blocks)
 def seen_groups(query, key, value, attn_mask: torch.Tensor, scale):
     return attention(query, *repeated(query, key, value), attn_mask, 0.0, scale=scale)

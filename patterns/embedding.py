@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from liger_compile import ops
 from liger_compile.match import Match
 from liger_compile.registry import pattern
+from liger_compile.report import size
 
 LEAST = 1 << 25
 """Elements of a table from which on sorting the tokens costs less than a float32 table: 0.9 times Inductor's time at
@@ -22,16 +23,21 @@ def check(match: Match) -> str | dict:
     return {"padding_idx": -1 if padding is None else padding % classes}
 
 
+def effect(match: Match) -> str:
+    classes, width = match.shape("weight")
+    return f"{size(4 * classes * width)} of a float32 table, in the backward"
+
+
 def examples(make, rows):
     ids = make.integers(50, rows)
     yield {"ids": ids.view(1, rows), "weight": make(50, 24), "padding_idx": 7}
 
 
-@pattern(replace=ops.embedding, check=check, name="embedding", examples=examples)
+@pattern(replace=ops.embedding, check=check, name="embedding", examples=examples, effect=effect)
 def lookup(ids, weight):
     return F.embedding(ids, weight)
 
 
-@pattern(replace=ops.embedding, check=check, name="embedding", examples=examples)
+@pattern(replace=ops.embedding, check=check, name="embedding", examples=examples, effect=effect)
 def padded(ids, weight, padding_idx):
     return F.embedding(ids, weight, padding_idx)

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 
 from liger_compile import ops
 from liger_compile.match import Match
+from liger_compile.ops.linear_cross_entropy import BUDGET
 from liger_compile.registry import pattern
+from liger_compile.report import size
 
 
 def check(match: Match) -> str | dict:
@@ -19,6 +21,14 @@ def check(match: Match) -> str | dict:
     if isinstance(softcap, (int, float)) and softcap <= 0:
         return f"the softcap {softcap} is not positive"
     return {"memory": match.options.loss}
+
+
+def effect(match: Match) -> str:
+    weight, rows = match.example("weight"), match.shape("hidden")[0]
+    if weight is None or not (weight.is_cuda or weight.is_meta) or not isinstance(rows, int):
+        return ""
+    logits, held = rows * weight.shape[0] * weight.element_size(), BUDGET[match.options.loss]
+    return f"all but {size(held)} of {size(logits)} of logits" if logits > held else ""
 
 
 def examples(make, rows):
@@ -43,7 +53,9 @@ def examples(make, rows):
 
 def loss_pattern(replace=ops.linear_cross_entropy, **fixed):
     op = partial(replace, **fixed)
-    return pattern(replace=op, check=check, name="linear_cross_entropy", on_demand=True, examples=examples)
+    spares = effect if replace is ops.linear_cross_entropy else None
+    how = {"check": check, "on_demand": True, "examples": examples, "effect": spares}
+    return pattern(op, name="linear_cross_entropy", **how)
 
 
 def loss(logits, target, ignore_index, reduction, smoothing=0.0):

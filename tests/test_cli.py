@@ -37,6 +37,12 @@ def test_explain_training(capsys, config, flags):
     """On the meta device a model is looked at as on a GPU."""
     found = explained(capsys, config, *flags)
     assert found["counts"] == ALL and {m["pattern"] for m in found["misses"]} == {"embedding"} and found["graphs"] == 1
+    spared = {m["effect"] for m in found["matches"] if m["pattern"] == "attention"}
+    assert (
+        spared == {"blocks of scores that no query sees"}
+        if "--padded" in flags
+        else "half of the scores" in spared.pop()
+    )
     assert {m["module"] for m in found["matches"] if m["pattern"] == "swiglu"} == {
         "model.layers.0.mlp",
         "model.layers.1.mlp",

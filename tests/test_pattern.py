@@ -279,6 +279,7 @@ REFUSED = [
     (torch.exp, one, {}, r"pattern 'exp': has no signature; call it in a function"),
     (exp, one, {"check": "no"}, r"check='no' cannot be called"),
     (exp, one, {"examples": []}, r"examples=\[\] cannot be called"),
+    (exp, one, {"effect": "much"}, r"effect='much' cannot be called"),
     (exp, one, {"name": ""}, r"name=''; give it a name"),
     (exp, one, {"name": 3}, r"name=3; give it a name"),
     (functools.partial(exp), one, {}, r"name=None; give it a name"),

@@ -90,6 +90,25 @@ def test_the_decorator_takes_a_priority(registered):
 # ---- registering again, and undoing ----------------------------------------------------------------------------------
 
 
+def test_effects_are_told(registered):
+    """Each once in the table; one that cannot be told does not prevent the rewrite."""
+
+    def effect(match):
+        (width,) = match.shape("x")
+        if width == 5:
+            raise ValueError("odd")
+        return f"{width} bytes" if width > 2 else ""
+
+    register_pattern(sine, same, effect=effect)
+    graph = capture(lambda *xs: [x.sin().exp() for x in xs], *map(torch.randn, (2, 3, 3, 4)))
+    report = rewrite(graph)
+    assert [m.effect for m in report.matches] == ["", "3 bytes", "3 bytes", "4 bytes"]
+    assert "what it spares" in str(report) and "3 bytes; 4 bytes" in str(report)
+    assert "what it spares" not in str(rewrite(capture(sine, torch.randn(2))))
+    (match,) = rewrite(capture(sine, torch.randn(5))).matches
+    assert match.effect == "effect= raises ValueError: odd"
+
+
 def test_registering_a_function_again_replaces_it(registered):
     count = len(registered)
     register_pattern(sine, same, check=lambda match: "no")

@@ -120,15 +120,15 @@ HEAD = (some(6, 8), some(9, 8), Y)
 FUSED = (some(6, 8, dtype=torch.bfloat16), some(9, 8, dtype=torch.bfloat16), Y)
 PLANTED = {
     # op: (pattern, function, operands)
-    "rms_norm": ("rms_norm", norm, (some(6, 8), some(8))),
+    "rms_norm_forward": ("rms_norm", norm, (some(6, 8), some(8))),
     "rms_norm_backward": ("rms_norm", norm, (some(6, 8), some(8))),
-    "glu": ("swiglu", lambda g, u: F.silu(g) * u, X),
+    "glu_forward": ("swiglu", lambda g, u: F.silu(g) * u, X),
     "glu_backward": ("swiglu", lambda g, u: F.silu(g) * u, X),
-    "packed_glu": ("packed_swiglu", packed, (some(6, 8),)),
+    "packed_glu_forward": ("packed_swiglu", packed, (some(6, 8),)),
     "packed_glu_backward": ("packed_swiglu", packed, (some(6, 8),)),
-    "rope": ("rope", lambda x: rotate(x, C), (some(2, 5, 8),)),
+    "rope_forward": ("rope", lambda x: rotate(x, C), (some(2, 5, 8),)),
     "rope_backward": ("rope", lambda x: rotate(x, C), (some(2, 5, 8),)),
-    "rope_pair": ("rope", lambda q, k: (rotate(q, C), rotate(k, C)), (some(2, 5, 8), some(2, 5, 8))),
+    "rope_pair_forward": ("rope", lambda q, k: (rotate(q, C), rotate(k, C)), (some(2, 5, 8), some(2, 5, 8))),
     "rope_pair_backward": ("rope", lambda q, k: (rotate(q, C), rotate(k, C)), (some(2, 5, 8), some(2, 5, 8))),
     "masked_attention": ("attention", windowed, (some(1, 2, 8, 4), some(1, 2, 8, 4), some(1, 2, 8, 4))),
     "linear_cross_entropy_forward": ("linear_cross_entropy", loss, HEAD),
@@ -144,7 +144,10 @@ PLANTED = {
         (torch.tensor([1, 3, 0, 0, 7]), some(9, 8, dtype=torch.bfloat16)),
     ),
 }
-COMPOSED = {"linear_cross_entropy", "linear_cross_entropy_lse", "embedding"}
+COMPOSED = {
+    *("rms_norm", "glu", "packed_glu", "rope", "rope_pair", "embedding"),
+    *("linear_cross_entropy", "linear_cross_entropy_lse"),
+}
 """Ops that have no kernel but those of others."""
 
 
