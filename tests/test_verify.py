@@ -232,7 +232,7 @@ def test_bisection_names_a_wrong_kernel(planted):
     assert found.pattern == pattern and "test_verify.py" in found.source
 
 
-@pytest.mark.parametrize("planted", ["rms_norm_backward", "glu"], indirect=True)
+@pytest.mark.parametrize("planted", ["rms_norm_backward", "glu_forward"], indirect=True)
 def test_bisection_finds_it_in_a_model(planted):
     model, inputs = build("llama", num_hidden_layers=1), batch()
     _, gradients = step(model, model, inputs)
