@@ -58,7 +58,7 @@ class Rewritten:
     replacement: str
     file: str = ""
     body: str = ""
-    """Of a site in the body of an activation checkpoint: that submodule's name in the graph."""
+    """The submodule of the graph that a site in the body of an activation checkpoint is in."""
     nodes: tuple[str, ...] = ()
     """The names of what was replaced, in the graph before."""
     made: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ class Miss:
     module: str
     reason: str
     kind: str = "left"
-    """ "left": matched, and left alone for the reason; "near": it differs from the pattern."""
+    """Either "left", which matched and was left alone for the reason, or "near", which differs from the pattern."""
     file: str = ""
     body: str = ""
     nodes: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ import pytest
 
 import liger_compile
 from liger_compile import Options
+from liger_compile.registry import patterns
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -137,6 +138,15 @@ def test_links(page):
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", prose):
         assert (page.parent / target).exists(), target
+
+
+# ---- what pages list -------------------------------------------------------------------------------------------------
+
+
+def test_every_pattern_has_a_section():
+    headings = re.findall(r"^## (.*)$", (ROOT / "docs" / "matched.md").read_text(), re.M)
+    shipped = {p.name for p in patterns() if p.function.__module__.startswith("liger_compile.patterns.")}
+    assert {name for heading in headings for name in heading.split(", ")} == shipped
 
 
 # ---- the tables of options -------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ softcap=0.0, wide=False, class_weight=None, label_smoothing=0.0, memory="balance
 
     logits = hidden @ weight.T + bias
     z      = logits * scale / divisor;  z = softcap * tanh(z / softcap), if softcap > 0
-    loss_i = w_y (log(sum_j exp(z_ij)) - (1 - e) z_iy - e mean_j(z_ij)),   y = target_i, w = class_weight or 1,
-                                                                           e = label_smoothing
+    loss_i = w_y (log(sum_j exp(z_ij)) - (1 - e) z_iy - e mean_j(z_ij))
+
+with y = target_i, w = class_weight or 1, e = label_smoothing.
 
 - hidden [N, H], weight [V, H], bias [V] or None: one dtype of float32, bfloat16, float16. target [N]: int64 in
   [0, V), or `ignore_index`. class_weight: float [V], without a gradient; not together with label_smoothing.
