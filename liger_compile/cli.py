@@ -35,9 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _parser().parse_args(arguments)
     try:
         chosen.run(chosen)
+        sys.stdout.flush()
     except Refused as refused:
         print(f"liger-compile: {refused}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # who reads has seen enough: `liger-compile patterns | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write at exit
     return 0
 
 

@@ -147,3 +147,10 @@ def test_env():
     assert found["liger-compile"] == liger_compile.__version__ and found["torch"].startswith(
         torch.__version__.split("+")[0]
     )
+
+
+def test_a_reader_that_stops():
+    """As `head` does."""
+    command = f"{sys.executable} -m liger_compile.cli patterns"
+    result = subprocess.run(["sh", "-c", f"({command}; echo status $? >&2) | true"], capture_output=True, text=True)
+    assert result.stderr == "status 0\n"
