@@ -39,7 +39,7 @@ def first_to_fail(works: Callable[[int], bool], most: int) -> int:
 
 
 def bisect(works: Callable[[dict[str, Any]], bool]) -> Rewritten:
-    """Finds the rewrite that breaks a model.
+    """Finds the rewrite that breaks a model::
 
         def works(options):
             loss = torch.compile(model, backend="liger", options=options)(**batch).loss

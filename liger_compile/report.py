@@ -58,7 +58,7 @@ class Rewritten:
     replacement: str
     file: str = ""
     body: str = ""
-    """Of a site in the body of an activation checkpoint: that submodule's name in the graph."""
+    """The submodule's name in the graph, of a site in the body of an activation checkpoint; empty for others."""
     nodes: tuple[str, ...] = ()
     """The names of what was replaced, in the graph before."""
     made: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class Miss:
     module: str
     reason: str
     kind: str = "left"
-    """ "left": matched, and left alone for the reason; "near": it differs from the pattern."""
+    """Either "left" (it matched, and is left alone for the reason) or "near" (it differs from the pattern)."""
     file: str = ""
     body: str = ""
     nodes: tuple[str, ...] = ()
