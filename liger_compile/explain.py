@@ -14,7 +14,7 @@ from .rewrite import rewrite
 
 
 def explain(function: Callable[..., Any], **options: Any) -> Callable[..., Report]:
-    """Returns a function of the same arguments that runs `function` once and reports what was rewritten.
+    """Returns a function of the same arguments that runs `function` once and reports what was rewritten::
 
         print(liger_compile.explain(model)(input_ids=ids, labels=labels))
 

@@ -32,7 +32,8 @@ class Match:
     spelling: Spelling
     view: GraphTerms
     captures: dict[str, Any]
-    """Each operand: a Term, a number, a string, a dtype, None for an optional one left out, or a tuple of Terms."""
+    """The operands by name. Each is a Term, a number, a string, a dtype, None for an optional one left out, or a tuple
+    of Terms."""
     roots: tuple[Term, ...]
     """The terms of the pattern's results."""
     terms: frozenset[Term]
@@ -55,9 +56,11 @@ class Match:
             return f"effect= raises {type(error).__name__}: {error}"
 
     def dtype(self, name: str) -> torch.dtype:
+        """Of an operand."""
         return self.captures[name].dtype
 
     def shape(self, name: str) -> tuple[Any, ...]:
+        """Of an operand; sizes that only the compiler knows are symbolic."""
         return self.captures[name].shape
 
     def example(self, name: str) -> torch.Tensor | None:

@@ -20,22 +20,22 @@ class Options:
     """What the user asked of the rewriter. Every field is an option `liger.<name>`; docs/options.md has the table."""
 
     enable: tuple[str, ...] | None = None
-    """Use only these patterns (by name). None: all."""
+    """Use only these patterns (by name); all, if None."""
     disable: tuple[str, ...] = ()
     """Never use these patterns."""
     patterns: tuple[Pattern, ...] = ()
     """Further patterns for this compilation alone, made by `liger_compile.make_pattern`."""
     logits: str = "lazy"
-    """Logits that a model returns next to its loss: "lazy" computes them when they are first read, "keep" leaves the
-    loss of such a model alone."""
+    """What becomes of logits that a model returns next to its loss. "lazy" computes them when they are first read,
+    "keep" leaves the loss of such a model alone."""
     loss: str = "balanced"
-    """What the loss takes of logits at a time: "lean", "balanced" or "fast"; docs/loss.md."""
+    """What the loss takes of logits at a time ("lean", "balanced" or "fast"; docs/loss.md)."""
     verify: bool = False
     """Run each replacement beside the code it replaces, uncompiled, and raise at the first that is wrong."""
     fuel: int | None = None
     """Rewrite only so many places, counted over the process in the order of compilation; `liger-compile bisect`."""
     debug: bool | str = False
-    """Write each graph before and after, and the report, to this folder (True: `liger_debug`)."""
+    """Write each graph before and after, and the report, to this folder (`liger_debug`, if True)."""
 
     def wants(self, name: str) -> bool:
         return (self.enable is None or name in self.enable) and name not in self.disable

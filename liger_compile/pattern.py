@@ -47,7 +47,7 @@ class Pattern:
     on_demand: bool = False
     """Whether intermediate results that the graph returns may be computed when somebody reads them."""
     examples: Examples | None = None
-    """Operands to try the pattern with: given a tensor factory and a number of rows, yields them by name."""
+    """Given a tensor factory and a number of rows, yields operands to try the pattern with, by name."""
     priority: int = 0
     """Patterns of higher priority are tried first, whatever their width."""
     effect: Effect | None = None

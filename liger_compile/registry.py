@@ -194,7 +194,7 @@ def unregister_pattern(pattern_or_name: Pattern | str) -> list[Pattern]:
 
 @contextlib.contextmanager
 def registered(*added: Pattern) -> Iterator[None]:
-    """Registers patterns for compilations in a block, and puts the table back as it was when the block ends.
+    """Registers patterns for compilations in a block, and puts the table back as it was when the block ends::
 
         with liger_compile.registered(liger_compile.make_pattern(squared_relu, squared_relu_op)):
             compiled(x)  # compiled here; what is compiled stays so behind the block

@@ -58,7 +58,7 @@ class Rewritten:
     replacement: str
     file: str = ""
     body: str = ""
-    """The submodule of the graph that a site in the body of an activation checkpoint is in."""
+    """The submodule's name in the graph, of a site in the body of an activation checkpoint; empty for others."""
     nodes: tuple[str, ...] = ()
     """The names of what was replaced, in the graph before."""
     made: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ class Miss:
     module: str
     reason: str
     kind: str = "left"
-    """Either "left", which matched and was left alone for the reason, or "near", which differs from the pattern."""
+    """Either "left" (it matched, and is left alone for the reason) or "near" (it differs from the pattern)."""
     file: str = ""
     body: str = ""
     nodes: tuple[str, ...] = ()

@@ -34,8 +34,8 @@ def rewrite(gm: fx.GraphModule, options: Options | None = None) -> Report:
         options: which patterns to use; all of them by default.
 
     Returns:
-        The report, with one entry in `graphs`: `before` is `gm` itself, `after` the rewritten module (`gm` too, if
-        nothing matched). `after` takes and returns what `gm` does.
+        The report, with one entry in `graphs`. Its `before` is `gm` itself, its `after` the rewritten module (`gm` too,
+        if nothing matched), which takes and returns what `gm` does.
     """
     report = Report()
     options = options or Options()

@@ -1,7 +1,7 @@
 """Cross-entropy of a linear layer's outputs, without holding all of them.
 
 `linear_cross_entropy(hidden, weight, bias, target, ignore_index=-100, reduction="mean", scale=1.0, divisor=1.0,
-softcap=0.0, wide=False, class_weight=None, label_smoothing=0.0, memory="balanced") -> loss`
+softcap=0.0, wide=False, class_weight=None, label_smoothing=0.0, memory="balanced") -> loss`::
 
     logits = hidden @ weight.T + bias
     z      = logits * scale / divisor;  z = softcap * tanh(z / softcap), if softcap > 0

@@ -1,6 +1,6 @@
 """Attention where only some keys are seen, by PyTorch's FlexAttention.
 
-`masked_attention(query, key, value, attn_mask=None, seen="", tensors=None, scale=None) -> out`
+`masked_attention(query, key, value, attn_mask=None, seen="", tensors=None, scale=None) -> out`::
 
     out[b, h, q] = sum_k p_k value[b, h // groups, k],  p = softmax over the k that are seen of
                    scale * query[b, h, q] . key[b, h // groups, k]

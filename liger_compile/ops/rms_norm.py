@@ -4,9 +4,11 @@
 
 - x: [..., H], float32, bfloat16 or float16, any strides; weight: [H] or None.
 - The statistics and products are float32. `rounding` says where values are rounded to x's dtype, as models differ:
+
   - "normed": the normalised x, before the weight (Llama). y has the promoted dtype of x and weight.
   - "result": the product with the weight (Gemma, OLMo 2). y has x's dtype.
   - "factor": 1 / sqrt(...) and the products, all in x's dtype (DeepSeek-V4). y has the promoted dtype.
+
 - y has x's strides, made dense. Gradients: dx in x's dtype; dweight is summed in float32, then rounded once.
 
 Formula: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019 (arXiv:1910.07467).
