@@ -195,7 +195,7 @@ def _can_fuse(hidden: Tensor, weight: Tensor, smoothing: float) -> bool:
 def _is_left(hidden: Tensor, weight: Tensor, smoothing: float, memory: str) -> bool:
     """Whether a compiler is at work, and its own code for these logits no worse than ours.
 
-    Without kernels, chunks take 1.4 times the time of Inductor's loss; who asks for "lean" gets them all the same.
+    Without kernels, chunks take longer than Inductor's loss; who asks for "lean" gets them all the same.
     """
     if shows_plain(hidden):
         few = None if memory != "lean" else BUDGET[memory]
