@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx
 
@@ -29,6 +30,14 @@ def capture(function: Callable[..., Any], *args: Any, dynamic: bool | None = Non
 
 def report_of(function: Callable[..., Any], *args: Any, options: Options | None = None, **kwargs: Any) -> Report:
     return rewrite(capture(function, *args, **kwargs), options)
+
+
+def skip_without_interpreter(op: str) -> None:
+    """Skips a test that gives CPU tensors to an op which has kernels alone: these run interpreted, where there is no
+    GPU."""
+    if op in ("fused_loss", "fused_loss_backward", "fused_loss_and_gradients", "label_sums"):
+        if torch.cuda.is_available():
+            pytest.skip(f"{op} has kernels alone, which run on a GPU here")
 
 
 def misses(report: Report) -> list[Miss]:
