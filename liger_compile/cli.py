@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .explain import explain
-from .fuel import EVERYTHING, first_to_fail
+from .fuel import EVERYTHING, search
 from .pattern import name_of, target_of
 from .registry import patterns
 from .report import Report, table
@@ -155,8 +155,10 @@ def _bisect(chosen: argparse.Namespace) -> None:
         raise Refused("give the command to run, which exits with another status than 0 when the result is wrong")
     with tempfile.TemporaryDirectory() as folder:
 
-        def works(limit: int, **more: str) -> bool:
-            environment = {**os.environ, "LIGER_COMPILE_FUEL": str(limit), **more}
+        def works(limit: int) -> bool:
+            environment = {**os.environ, "LIGER_COMPILE_FUEL": str(limit)}
+            if limit == EVERYTHING:
+                environment["LIGER_COMPILE_DEBUG"] = folder
             try:
                 status = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             except OSError as error:
@@ -165,16 +167,14 @@ def _bisect(chosen: argparse.Namespace) -> None:
             print(f"{made:>6} rewrites: {'works' if status.returncode == 0 else 'fails'}", file=sys.stderr, flush=True)
             return status.returncode == 0
 
-        if works(EVERYTHING, LIGER_COMPILE_DEBUG=folder):
-            raise Refused("it works with all rewrites; there is nothing to find")
-        folders = sorted(Path(folder).iterdir(), key=lambda p: int(p.name))
-        reports = [json.loads((p / "report.json").read_text(encoding="utf-8")) for p in folders]
-    matches = [m for r in reports for m in r["matches"]]
-    if not works(0):
-        raise Refused("it fails without any rewrite too; the fault is elsewhere")
-    if not matches:
-        raise Refused("nothing was rewritten; does the command compile with backend='liger'?")
-    number = first_to_fail(works, len(matches))
+        def made() -> list[dict[str, Any]]:
+            folders = sorted(Path(folder).iterdir(), key=lambda p: int(p.name))
+            return [m for p in folders for m in json.loads((p / "report.json").read_text(encoding="utf-8"))["matches"]]
+
+        try:
+            number, matches = search(works, made)
+        except ValueError as error:
+            raise Refused(str(error)) from error
     pattern, module, source = (matches[number - 1][key] for key in ("pattern", "module", "source"))
     print(f"rewrite {number} of {len(matches)}: {pattern} in {module or 'the model'} ({source})")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from .report import Rewritten
 
+T = TypeVar("T")
 EVERYTHING = 1 << 62
 """A limit that is none, but counts."""
 _spent: list[Rewritten] = []
@@ -38,6 +39,24 @@ def first_to_fail(works: Callable[[int], bool], most: int) -> int:
     return bad
 
 
+def search(works: Callable[[int], bool], made: Callable[[], Sequence[T]]) -> tuple[int, Sequence[T]]:
+    """The number of the rewrite with which something fails, and all rewrites.
+
+    `works(limit)` runs it with so many; `made()` tells, after a run with all, which those were.
+
+    Raises:
+        ValueError: it works with all rewrites, fails without any, or there are none.
+    """
+    if works(EVERYTHING):
+        raise ValueError("it works with all rewrites; there is nothing to find")
+    rewrites = made()
+    if not works(0):
+        raise ValueError("it fails without any rewrite too; the fault is elsewhere")
+    if not rewrites:
+        raise ValueError("nothing was rewritten; is something compiled with backend='liger'?")
+    return first_to_fail(works, len(rewrites)), rewrites
+
+
 def bisect(works: Callable[[dict[str, Any]], bool]) -> Rewritten:
     """Finds the rewrite that breaks a model::
 
@@ -55,7 +74,7 @@ def bisect(works: Callable[[dict[str, Any]], bool]) -> Rewritten:
         The rewrite with which it first fails, those before it being made too.
 
     Raises:
-        ValueError: it works with all rewrites, or fails without any.
+        ValueError: it works with all rewrites, fails without any, or there are none.
     """
 
     def trial(limit: int) -> bool:
@@ -67,12 +86,8 @@ def bisect(works: Callable[[dict[str, Any]], bool]) -> Rewritten:
             return False
 
     try:
-        if trial(EVERYTHING):
-            raise ValueError("it works with all rewrites; there is nothing to find")
-        made = list(_spent)
-        if not trial(0):
-            raise ValueError("it fails without any rewrite too; the fault is elsewhere")
-        return made[first_to_fail(trial, len(made)) - 1]
+        number, rewrites = search(trial, lambda: list(_spent))
+        return rewrites[number - 1]
     finally:
         reset()
         torch._dynamo.reset()

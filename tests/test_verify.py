@@ -380,3 +380,10 @@ def test_fuel_in_the_environment_is_checked(value, monkeypatch):
     monkeypatch.setenv("LIGER_COMPILE_FUEL", value)
     with pytest.raises(Exception, match=r"liger\.fuel: how many places to rewrite"):
         torch.compile(nn.RMSNorm(8), backend="liger")(torch.randn(2, 8))
+
+
+def test_what_fails_without_being_rewritten_is_not_bisected():
+    """It fails at first and works without rewrites, but there are none: the fault is not in one."""
+    outcomes = iter([False, True])
+    with pytest.raises(ValueError, match="nothing was rewritten"):
+        liger_compile.bisect(lambda options: next(outcomes))

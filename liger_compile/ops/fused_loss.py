@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._library import define, once_differentiable
+from ._library import define, is_traced, once_differentiable
 from .chunked_loss import TILE, empty_gradients, equal_chunks, tiled
 
 LOSS_ROWS = 2048
@@ -467,7 +467,7 @@ for _op in (fused_loss, fused_loss_backward, fused_loss_and_gradients, label_sum
 
 def _runs_now(x: Tensor) -> bool:
     """Whether x has values, on CUDA. A compiler that traces is shown plain torch instead of a kernel: it fuses that."""
-    return type(x) is Tensor and x.is_cuda
+    return not is_traced(x) and x.is_cuda
 
 
 def whole_dhidden(
