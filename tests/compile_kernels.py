@@ -64,6 +64,12 @@ def main() -> None:
         q, cos = torch.randn(2, 8, 16, 64).to(dtype), torch.randn(16, 64).to(dtype)
         rope.pair_forward(q, q[:, :2], cos, cos)
         rope.backward(q, cos[:, :32], cos[:, :32], list(q.stride()), dtype, True)
+        for way in (("neighbours", False, False), ("neighbours", True, True), ("neighbours to halves", False, True)):
+            some = cos[:, :32] if way[2] else cos
+            rope.pair_forward(q, q[:, :2], some, some, False, False, False, *way)
+            rope.backward(q, some, some, list(q.stride()), dtype, True, *way)
+        angles = torch.randn(16, 32, 2).unbind(-1)
+        rope.pair_forward(q, q[:, :2], *angles, True, False, False, "neighbours", False, True)
         embedding.backward(x[:, :64], torch.zeros(x.shape[0]).int(), torch.zeros(x.shape[0]).long(), x[:, :64])
         target = torch.zeros(16, dtype=torch.int64)
         given, logits = torch.rand(16), torch.randn(16, 9000).to(dtype)

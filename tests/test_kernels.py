@@ -151,6 +151,42 @@ def test_rope(dtype, layout):
     compare(ROPE, (q, cos, cos, False, False, False), scatter_rows=1)
 
 
+WAYS = [
+    # layout, inverse, per_pair
+    ("halves", True, False),
+    ("halves", False, True),
+    ("neighbours", False, False),
+    ("neighbours", True, True),
+    ("neighbours to halves", False, True),
+    ("neighbours to halves", True, False),
+]
+
+
+@pytest.mark.parametrize("layout", ["transposed heads", "a part", "tokens before heads", "rows"])
+@pytest.mark.parametrize("way", WAYS, ids=lambda w: "-".join(map(str, w)))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rope_of_other_pairs(dtype, way, layout):
+    q, k, cos = (small(dtype, *shape) for shape in ROPES[layout])
+    if layout in ("transposed heads", "a part"):
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    cos = cos[..., : cos.shape[-1] // 2] if way[2] else cos  # with gaps between the rows
+    sin = small(dtype, *cos.shape)
+    dense = import_module("liger_compile.ops.rope")._dense_strides
+    compare(ROPE_PAIR, (q, k, cos, sin, False, False, True, *way), scatter_rows=1)
+    gradients = small(dtype, *q.shape), small(dtype, *k.shape)
+    compare(ROPE_PAIR_BACKWARD, (*gradients, cos, sin, dense(q), dense(k), dtype, True, *way), scatter_rows=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rope_with_angles_between_others(dtype):
+    """cos and sin of complex numbers lie next to each other, and are read where they lie."""
+    q, k = small(dtype, 2, 5, 3, 12), small(dtype, 2, 5, 1, 12)
+    cos, sin = small(torch.float32, 5, 1, 6, 2).unbind(-1)
+    compare(ROPE_PAIR, (q, k, cos, sin, True, False, False, "neighbours", False, True), scatter_rows=1)
+    cos, sin = small(torch.float32, 5, 1, 12, 2).unbind(-1)
+    compare(ROPE, (q, cos, sin), scatter_rows=1)
+
+
 TRANSFORMS = [
     Transform(),
     Transform(scale=0.25),

@@ -7,11 +7,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.rope import empty, work_dtype
+from ..ops.rope import empty, layouts, work_dtype
 from .layout import collapse
 
 TILE = 4096
 """Elements of a half a program rotates at a time: 32 heads of 128, the widest common case, in one go."""
+
+
+@triton.jit
+def _load_pairs(rows, mask, half, NEIGHBOURS: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """The two components of each pair, of rows that begin at `rows` [n, 1].
+
+    Neighbours are read together and parted in registers: apart, each read would be of every second element.
+    """
+    if NEIGHBOURS:
+        i = tl.arange(0, 2 * BLOCK_HALF)[None, :]
+        both = tl.load(rows + i, mask=mask & (i < 2 * half), other=0.0)
+        x1, x2 = tl.split(tl.reshape(both, (both.shape[0], BLOCK_HALF, 2)))
+    else:
+        i = tl.arange(0, BLOCK_HALF)[None, :]
+        x1 = tl.load(rows + i, mask=mask & (i < half), other=0.0)
+        x2 = tl.load(rows + half + i, mask=mask & (i < half), other=0.0)
+    return x1.to(tl.float32), x2.to(tl.float32)
+
+
+@triton.jit
+def _store_pairs(rows, mask, half, y1, y2, NEIGHBOURS: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    dtype = rows.dtype.element_ty
+    if NEIGHBOURS:
+        i = tl.arange(0, 2 * BLOCK_HALF)[None, :]
+        tl.store(rows + i, tl.interleave(y1.to(dtype), y2.to(dtype)), mask=mask & (i < 2 * half))
+    else:
+        i = tl.arange(0, BLOCK_HALF)[None, :]
+        tl.store(rows + i, y1.to(dtype), mask=mask & (i < half))
+        tl.store(rows + half + i, y2.to(dtype), mask=mask & (i < half))
 
 
 @triton.jit
@@ -29,30 +58,40 @@ def _rotate_heads(
     s1,
     s2,
     WORK: tl.constexpr,
-    FORWARD: tl.constexpr,
+    BACKWARDS: tl.constexpr,
+    X_NEIGHBOURS: tl.constexpr,
+    Y_NEIGHBOURS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """Rotates one token's heads: y1 = x1 c1 - x2 s1, y2 = x2 c2 + x1 s2; the transpose of that if not FORWARD."""
-    i = tl.arange(0, BLOCK_HALF)
-    mask = (heads < n_heads)[:, None] & (i < half)[None, :]
-    x_at = x_ptr + heads[:, None] * x_head + i[None, :]
-    x1 = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(x_at + half, mask=mask, other=0.0).to(tl.float32)
+    """Rotates one token's heads: y1 = x1 c1 - x2 s1, y2 = x2 c2 + x1 s2; with -s1 and -s2 if BACKWARDS."""
+    mask = (heads < n_heads)[:, None]
+    x_rows, y_rows = x_ptr + heads[:, None] * x_head, y_ptr + heads[:, None] * y_head
+    x1, x2 = _load_pairs(x_rows, mask, half, X_NEIGHBOURS, BLOCK_HALF)
     # Each product is rounded before the sum, as the separate operations of eager are.
     a1, a2 = (x1 * c1).to(WORK).to(tl.float32), (x2 * c2).to(WORK).to(tl.float32)
-    if FORWARD:
-        b1, b2 = (-x2 * s1).to(WORK).to(tl.float32), (x1 * s2).to(WORK).to(tl.float32)
+    b1, b2 = (x2 * s1).to(WORK).to(tl.float32), (x1 * s2).to(WORK).to(tl.float32)
+    if BACKWARDS:
+        y1, y2 = a1 + b1, a2 - b2
     else:
-        b1, b2 = (x2 * s2).to(WORK).to(tl.float32), (-x1 * s1).to(WORK).to(tl.float32)
-    y_at = y_ptr + heads[:, None] * y_head + i[None, :]
-    tl.store(y_at, (a1 + b1).to(WORK).to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(y_at + half, (a2 + b2).to(WORK).to(y_ptr.dtype.element_ty), mask=mask)
+        y1, y2 = a1 - b1, a2 + b2
+    _store_pairs(y_rows, mask, half, y1.to(WORK), y2.to(WORK), Y_NEIGHBOURS, BLOCK_HALF)
     if BLOCK_REST > 0:
-        j = 2 * half + tl.arange(0, BLOCK_REST)
-        rest = (heads < n_heads)[:, None] & (j < width)[None, :]
-        passed = tl.load(x_ptr + heads[:, None] * x_head + j[None, :], mask=rest, other=0.0)
-        tl.store(y_ptr + heads[:, None] * y_head + j[None, :], passed.to(y_ptr.dtype.element_ty), mask=rest)
+        j = 2 * half + tl.arange(0, BLOCK_REST)[None, :]
+        passed = tl.load(x_rows + j, mask=mask & (j < width), other=0.0)
+        tl.store(y_rows + j, passed.to(y_ptr.dtype.element_ty), mask=mask & (j < width))
+
+
+@triton.jit
+def _load_angles(row, half, step, PER_PAIR: tl.constexpr, NEIGHBOURS: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """cos or sin of the two components of each pair, [1, half]."""
+    i = tl.arange(0, BLOCK_HALF)[None, :]
+    if PER_PAIR:
+        a1 = tl.load(row + i * step, mask=i < half, other=0.0).to(tl.float32)
+        a2 = a1
+    else:
+        a1, a2 = _load_pairs(row + tl.zeros((1, 1), tl.int32), half > 0, half, NEIGHBOURS, BLOCK_HALF)
+    return a1, a2
 
 
 @triton.jit
@@ -82,10 +121,16 @@ def _rope(
     yk_h,
     cos_b,
     cos_t,
+    cos_i,
     sin_b,
     sin_t,
+    sin_i,
     WORK: tl.constexpr,
     FORWARD: tl.constexpr,
+    INVERSE: tl.constexpr,
+    X_NEIGHBOURS: tl.constexpr,
+    Y_NEIGHBOURS: tl.constexpr,
+    PER_PAIR: tl.constexpr,
     PAIR: tl.constexpr,
     Q_BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr,
@@ -99,21 +144,57 @@ def _rope(
     """
     token = tl.program_id(0).to(tl.int64)
     b, t = token // n_t, token % n_t
-    i = tl.arange(0, BLOCK_HALF)
-    cos_at = cos_ptr + b * cos_b + t * cos_t + i
-    sin_at = sin_ptr + b * sin_b + t * sin_t + i
-    c1 = tl.load(cos_at, mask=i < half, other=0.0).to(tl.float32)[None, :]
-    c2 = tl.load(cos_at + half, mask=i < half, other=0.0).to(tl.float32)[None, :]
-    s1 = tl.load(sin_at, mask=i < half, other=0.0).to(tl.float32)[None, :]
-    s2 = tl.load(sin_at + half, mask=i < half, other=0.0).to(tl.float32)[None, :]
+    # cos and sin lie as the rotation's result does: what is read, where its transpose is computed.
+    NEIGHBOURS: tl.constexpr = Y_NEIGHBOURS if FORWARD else X_NEIGHBOURS
+    c1, c2 = _load_angles(cos_ptr + b * cos_b + t * cos_t, half, cos_i, PER_PAIR, NEIGHBOURS, BLOCK_HALF)
+    s1, s2 = _load_angles(sin_ptr + b * sin_b + t * sin_t, half, sin_i, PER_PAIR, NEIGHBOURS, BLOCK_HALF)
+    if not FORWARD:  # transposed: each component meets the sin of the one it came from
+        s1, s2 = s2, s1
+    BACKWARDS: tl.constexpr = FORWARD == INVERSE
     heads = tl.program_id(1).to(tl.int64) * Q_BLOCK + tl.arange(0, Q_BLOCK)
     x, y = q_ptr + b * q_b + t * q_t, yq_ptr + b * yq_b + t * yq_t
-    _rotate_heads(x, y, q_h, yq_h, q_heads, heads, half, width, c1, c2, s1, s2, WORK, FORWARD, BLOCK_HALF, BLOCK_REST)
+    _rotate_heads(
+        x,
+        y,
+        q_h,
+        yq_h,
+        q_heads,
+        heads,
+        half,
+        width,
+        c1,
+        c2,
+        s1,
+        s2,
+        WORK,
+        BACKWARDS,
+        X_NEIGHBOURS,
+        Y_NEIGHBOURS,
+        BLOCK_HALF,
+        BLOCK_REST,
+    )
     if PAIR:
         heads = tl.program_id(1).to(tl.int64) * K_BLOCK + tl.arange(0, K_BLOCK)
         x, y = k_ptr + b * k_b + t * k_t, yk_ptr + b * yk_b + t * yk_t
         _rotate_heads(
-            x, y, k_h, yk_h, k_heads, heads, half, width, c1, c2, s1, s2, WORK, FORWARD, BLOCK_HALF, BLOCK_REST
+            x,
+            y,
+            k_h,
+            yk_h,
+            k_heads,
+            heads,
+            half,
+            width,
+            c1,
+            c2,
+            s1,
+            s2,
+            WORK,
+            BACKWARDS,
+            X_NEIGHBOURS,
+            Y_NEIGHBOURS,
+            BLOCK_HALF,
+            BLOCK_REST,
         )
 
 
@@ -140,28 +221,45 @@ def _tokens(tensors: list[Tensor], head: int | None) -> tuple[list[int], list[tu
     )
 
 
-def _launch(q: Tensor, k: Tensor | None, yq: Tensor, yk: Tensor | None, cos: Tensor, sin: Tensor, work, forward: bool):
+def _launch(
+    q: Tensor,
+    k: Tensor | None,
+    yq: Tensor,
+    yk: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    work: torch.dtype,
+    forward: bool,
+    layout: str,
+    inverse: bool,
+    per_pair: bool,
+) -> None:
     """Writes the rotation of q into yq, and of k into yk if there is one."""
-    rotated, width = cos.shape[-1], q.shape[-1]
+    how = (work, forward, layout, inverse, per_pair)
+    rotated, width = cos.shape[-1] * (2 if per_pair else 1), q.shape[-1]
     if q.numel() == 0 and (k is None or k.numel() == 0):
         return
+    if not per_pair and (cos.stride(-1) != 1 or sin.stride(-1) != 1):
+        cos, sin = cos.contiguous(), sin.contiguous()
     pairs = [(q, yq)] if k is None else [(q, yq), (k, yk)]
     plans = []
     for x, y in pairs:
-        c = cos.expand(*x.shape[:-1], rotated)
-        s = sin.expand(*x.shape[:-1], rotated)
-        plans.append((_tokens([x, y, c, s], _head_dim(x, c)), c, s))
+        c = cos.expand(*x.shape[:-1], cos.shape[-1])
+        s = sin.expand(*x.shape[:-1], cos.shape[-1])
+        # One component of cos and sin stands for all: they may have gaps.
+        plans.append((_tokens([x, y, c[..., :1], s[..., :1]], _head_dim(x, c)), c, s))
     agree = len({(*p[0][0][:2], *p[0][1][2], *p[0][1][3]) for p in plans if p[0] is not None}) == 1
     if not agree or any(p[0] is None for p in plans):  # layouts that share no tokens: one at a time, copied
         for (x, y), (plan, c, s) in zip(pairs, plans, strict=True):
             if plan is not None and len(pairs) > 1:
-                _launch(x, None, y, None, cos, sin, work, forward)
+                _launch(x, None, y, None, cos, sin, *how)
                 continue
             flat = [t.reshape(-1, t.shape[-1]).contiguous() for t in (x, c, s)]
             out = y.new_empty(flat[0].shape)
-            _launch(flat[0], None, out, None, flat[1], flat[2], work, forward)
+            _launch(flat[0], None, out, None, flat[1], flat[2], *how)
             y.copy_(out.view(y.shape))
         return
+    before, after = layouts(layout) if forward else reversed(layouts(layout))
     (sizes, (q_s, yq_s, c_s, s_s)), _, _ = plans[0]
     (k_sizes, (k_s, yk_s, _, _)), _, _ = plans[-1]
     block_half = triton.next_power_of_2(max(rotated // 2, 1))
@@ -187,9 +285,15 @@ def _launch(q: Tensor, k: Tensor | None, yq: Tensor, yk: Tensor | None, cos: Ten
         *yq_s,
         *yk_s,
         *c_s[:2],
+        cos.stride(-1),
         *s_s[:2],
+        sin.stride(-1),
         WORK=_TRITON_DTYPES[work],
         FORWARD=forward,
+        INVERSE=inverse,
+        X_NEIGHBOURS=before,
+        Y_NEIGHBOURS=after,
+        PER_PAIR=per_pair,
         PAIR=k is not None,
         Q_BLOCK=q_block,
         K_BLOCK=k_block,
@@ -203,10 +307,18 @@ _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.
 
 
 def forward(
-    x: Tensor, cos: Tensor, sin: Tensor, upcast: bool = False, promote: bool = False, contiguous: bool = False
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    upcast: bool = False,
+    promote: bool = False,
+    contiguous: bool = False,
+    layout: str = "halves",
+    inverse: bool = False,
+    per_pair: bool = False,
 ) -> Tensor:
     y = empty(x, cos, upcast, promote, contiguous)
-    _launch(x, None, y, None, cos, sin, work_dtype(x.dtype, cos, upcast), True)
+    _launch(x, None, y, None, cos, sin, work_dtype(x.dtype, cos, upcast), True, layout, inverse, per_pair)
     return y
 
 
@@ -218,15 +330,28 @@ def pair_forward(
     upcast: bool = False,
     promote: bool = False,
     contiguous: bool = False,
+    layout: str = "halves",
+    inverse: bool = False,
+    per_pair: bool = False,
 ) -> tuple[Tensor, Tensor]:
     yq, yk = (empty(x, cos, upcast, promote, contiguous) for x in (q, k))
-    _launch(q, k, yq, yk, cos, sin, work_dtype(q.dtype, cos, upcast), True)
+    _launch(q, k, yq, yk, cos, sin, work_dtype(q.dtype, cos, upcast), True, layout, inverse, per_pair)
     return yq, yk
 
 
-def backward(dy: Tensor, cos: Tensor, sin: Tensor, strides: list[int], dtype: torch.dtype, upcast: bool) -> Tensor:
+def backward(
+    dy: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    strides: list[int],
+    dtype: torch.dtype,
+    upcast: bool,
+    layout: str = "halves",
+    inverse: bool = False,
+    per_pair: bool = False,
+) -> Tensor:
     dx = dy.new_empty_strided(dy.shape, strides, dtype=dtype)
-    _launch(dy, None, dx, None, cos, sin, work_dtype(dtype, cos, upcast), False)
+    _launch(dy, None, dx, None, cos, sin, work_dtype(dtype, cos, upcast), False, layout, inverse, per_pair)
     return dx
 
 
@@ -239,8 +364,11 @@ def pair_backward(
     k_strides: list[int],
     dtype: torch.dtype,
     upcast: bool,
+    layout: str = "halves",
+    inverse: bool = False,
+    per_pair: bool = False,
 ) -> tuple[Tensor, Tensor]:
     xq = dq.new_empty_strided(dq.shape, q_strides, dtype=dtype)
     xk = dk.new_empty_strided(dk.shape, k_strides, dtype=dtype)
-    _launch(dq, dk, xq, xk, cos, sin, work_dtype(dtype, cos, upcast), False)
+    _launch(dq, dk, xq, xk, cos, sin, work_dtype(dtype, cos, upcast), False, layout, inverse, per_pair)
     return xq, xk

@@ -9,7 +9,7 @@ from .glu import glu, packed_glu
 from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_lse
 from .masked_attention import masked_attention
 from .rms_norm import rms_norm
-from .rope import rope, rope_pair
+from .rope import rope, rope_complex, rope_complex_pair, rope_pair
 
 __all__ = [
     "embedding",
@@ -20,5 +20,7 @@ __all__ = [
     "packed_glu",
     "rms_norm",
     "rope",
+    "rope_complex",
+    "rope_complex_pair",
     "rope_pair",
 ]

@@ -1,18 +1,23 @@
-"""Rotary position embedding, rotate-half form: `y = x * cos + cat(-x2, x1) * sin`, x1 and x2 the halves of x.
+"""Rotary position embedding: each pair of components (x1, x2) becomes (x1 cos - x2 sin, x2 cos + x1 sin).
 
-`rope(x, cos, sin, upcast=False, promote=False, contiguous=False) -> y`
-`rope_pair(q, k, cos, sin, upcast=False, promote=False, contiguous=False) -> (y_q, y_k)`: two tensors with one cos and
-sin, one launch.
+`rope(x, cos, sin, upcast=False, promote=False, contiguous=False, layout="halves", inverse=False, per_pair=False) -> y`
+`rope_pair(q, k, cos, sin, ...) -> (y_q, y_k)`: two tensors with one cos and sin, one launch; options as for `rope`.
+`rope_complex(x, freqs, promote=False) -> y`, `rope_complex_pair(q, k, freqs, promote=False) -> (y_q, y_k)`:
+neighbours as complex numbers times `freqs` = cos + i sin, complex64, [..., D / 2].
 
 - x: [..., D], 2 to 4 dimensions, any strides, float32, bfloat16 or float16.
 - cos, sin: [..., R], one dtype, broadcast against x's leading dimensions, R even and R <= D. Where R < D
-  only the first R components are rotated, by R / 2, and the rest are passed on.
+  only the first R components are rotated, and the rest are passed on. With `per_pair` they are [..., R / 2], one value
+  for both of a pair; else each component of y has its own.
+- layout: which components are a pair. "halves": i and i + R / 2. "neighbours": 2 i and 2 i + 1. "neighbours to halves":
+  neighbours of x, which are put at i and i + R / 2 of y.
+- inverse: the rotation the other way, with -sin.
 - Products and their sum are rounded to the promoted dtype of x and cos (float32 if `upcast`), as in eager; y has x's
   dtype, or keeps the promoted one if `promote`. y has x's strides, made
   dense, or is contiguous, as torch.cat's results are.
-- cos and sin are constants: asking for their gradient is an error. The backward rotates the other way.
+- cos and sin are constants: asking for their gradient is an error. The backward is the transpose of the rotation.
 
-Formula: Su et al., RoFormer, 2021 (arXiv:2104.09864), in the half layout of GPT-NeoX.
+Formula: Su et al., RoFormer, 2021 (arXiv:2104.09864); halves as in GPT-NeoX, complex numbers as in Llama.
 """
 
 from __future__ import annotations
@@ -22,11 +27,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import define, define_forward, dense_like, kernel, once_differentiable
+from ._library import define, define_composite, define_forward, dense_like, kernel, once_differentiable
+
+LAYOUTS = ("halves", "neighbours", "neighbours to halves")
 
 
-def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    rotated = cos.shape[-1]
+def layouts(layout: str) -> tuple[bool, bool]:
+    """Whether neighbours are a pair, in x and in y."""
+    return layout != "halves", layout == "neighbours"
+
+
+def _check(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "halves", per_pair: bool = False) -> None:
+    rotated = cos.shape[-1] * (2 if per_pair else 1)
+    if layout not in LAYOUTS:
+        raise ValueError(f"rope: layout is one of {LAYOUTS}, not {layout!r}")
     if cos.shape != sin.shape or cos.dtype != sin.dtype:
         raise ValueError(f"rope: cos {cos.dtype}{tuple(cos.shape)} and sin {sin.dtype}{tuple(sin.shape)} must be alike")
     if rotated % 2 or rotated > x.shape[-1]:
@@ -36,16 +50,43 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(f"rope: cos {tuple(cos.shape)} does not broadcast to x {tuple(x.shape)}")
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, work: torch.dtype, forward: bool) -> Tensor:
+def _split(x: Tensor, neighbours: bool) -> tuple[Tensor, ...]:
+    return (x[..., 0::2], x[..., 1::2]) if neighbours else x.chunk(2, dim=-1)
+
+
+def _join(x1: Tensor, x2: Tensor, neighbours: bool) -> Tensor:
+    return torch.stack((x1, x2), dim=-1).flatten(-2) if neighbours else torch.cat((x1, x2), dim=-1)
+
+
+def _turn(x: Tensor, neighbours: bool) -> Tensor:
+    """Every pair a quarter turn on."""
+    x1, x2 = _split(x, neighbours)
+    return _join(-x2, x1, neighbours)
+
+
+def _rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    work: torch.dtype,
+    forward: bool,
+    layout: str = "halves",
+    inverse: bool = False,
+    per_pair: bool = False,
+) -> Tensor:
     """The rotation, or its transpose, in `work` and rounded as the forward in eager is; no particular strides."""
+    before, after = layouts(layout)
+    if per_pair:
+        cos, sin = _join(cos, cos, after), _join(sin, sin, after)
+    sin = -sin if inverse else sin
     rotated = cos.shape[-1]
     part, rest = x[..., :rotated].to(work), x[..., rotated:].to(work)
-    x1, x2 = part.chunk(2, dim=-1)
     if forward:
-        y = part * cos + torch.cat((-x2, x1), dim=-1) * sin
+        part = part if before == after else _join(*_split(part, before), after)
+        y = part * cos + _turn(part, after) * sin
     else:
-        s1, s2 = sin.chunk(2, dim=-1)
-        y = part * cos + torch.cat((x2 * s2, -x1 * s1), dim=-1)
+        y = part * cos - _turn(part * sin, after)
+        y = y if before == after else _join(*_split(y, after), before)
     return torch.cat((y, rest), dim=-1) if rest.shape[-1] else y
 
 
@@ -61,17 +102,33 @@ def empty(x: Tensor, cos: Tensor, upcast: bool, promote: bool, contiguous: bool)
 
 
 def _fake(
-    x: Tensor, cos: Tensor, sin: Tensor, upcast: bool = False, promote: bool = False, contiguous: bool = False
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    upcast: bool = False,
+    promote: bool = False,
+    contiguous: bool = False,
+    layout: str = "halves",
+    inverse: bool = False,
+    per_pair: bool = False,
 ) -> Tensor:
-    _check(x, cos, sin)
+    _check(x, cos, sin, layout, per_pair)
     return empty(x, cos, upcast, promote, contiguous)
 
 
 def _reference(
-    x: Tensor, cos: Tensor, sin: Tensor, upcast: bool = False, promote: bool = False, contiguous: bool = False
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    upcast: bool = False,
+    promote: bool = False,
+    contiguous: bool = False,
+    layout: str = "halves",
+    inverse: bool = False,
+    per_pair: bool = False,
 ) -> Tensor:
-    _check(x, cos, sin)
-    y = _rotate(x, cos, sin, work_dtype(x.dtype, cos, upcast), True)
+    _check(x, cos, sin, layout, per_pair)
+    y = _rotate(x, cos, sin, work_dtype(x.dtype, cos, upcast), True, layout, inverse, per_pair)
     y = y if promote else y.to(x.dtype)
     return y.contiguous() if contiguous else dense_like(y, x)
 
@@ -88,8 +145,11 @@ def _pair_fake(
     upcast: bool = False,
     promote: bool = False,
     contiguous: bool = False,
+    layout: str = "halves",
+    inverse: bool = False,
+    per_pair: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return _each(_fake, q, k, cos, sin, upcast, promote, contiguous)
+    return _each(_fake, q, k, cos, sin, upcast, promote, contiguous, layout, inverse, per_pair)
 
 
 def _pair_reference(
@@ -100,21 +160,40 @@ def _pair_reference(
     upcast: bool = False,
     promote: bool = False,
     contiguous: bool = False,
+    layout: str = "halves",
+    inverse: bool = False,
+    per_pair: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return _each(_reference, q, k, cos, sin, upcast, promote, contiguous)
+    return _each(_reference, q, k, cos, sin, upcast, promote, contiguous, layout, inverse, per_pair)
 
 
 def _backward_fake(
-    dy: Tensor, cos: Tensor, sin: Tensor, strides: list[int], dtype: torch.dtype, upcast: bool
+    dy: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    strides: list[int],
+    dtype: torch.dtype,
+    upcast: bool,
+    layout: str = "halves",
+    inverse: bool = False,
+    per_pair: bool = False,
 ) -> Tensor:
     return dy.new_empty_strided(dy.shape, strides, dtype=dtype)
 
 
 def _backward_reference(
-    dy: Tensor, cos: Tensor, sin: Tensor, strides: list[int], dtype: torch.dtype, upcast: bool
+    dy: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    strides: list[int],
+    dtype: torch.dtype,
+    upcast: bool,
+    layout: str = "halves",
+    inverse: bool = False,
+    per_pair: bool = False,
 ) -> Tensor:
-    dx = _rotate(dy, cos, sin, work_dtype(dtype, cos, upcast), False)
-    return _backward_fake(dy, cos, sin, strides, dtype, upcast).copy_(dx)
+    dx = _rotate(dy, cos, sin, work_dtype(dtype, cos, upcast), False, layout, inverse, per_pair)
+    return dy.new_empty_strided(dy.shape, strides, dtype=dtype).copy_(dx)
 
 
 def _pair_backward_fake(
@@ -126,8 +205,11 @@ def _pair_backward_fake(
     k_strides: list[int],
     dtype: torch.dtype,
     upcast: bool,
+    layout: str = "halves",
+    inverse: bool = False,
+    per_pair: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    rest = (dtype, upcast)
+    rest = (dtype, upcast, layout, inverse, per_pair)
     return _backward_fake(dq, cos, sin, q_strides, *rest), _backward_fake(dk, cos, sin, k_strides, *rest)
 
 
@@ -140,33 +222,41 @@ def _pair_backward_reference(
     k_strides: list[int],
     dtype: torch.dtype,
     upcast: bool,
+    layout: str = "halves",
+    inverse: bool = False,
+    per_pair: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    rest = (dtype, upcast)
+    rest = (dtype, upcast, layout, inverse, per_pair)
     return _backward_reference(dq, cos, sin, q_strides, *rest), _backward_reference(dk, cos, sin, k_strides, *rest)
 
 
+_MORE = 'str layout="halves", bool inverse=False, bool per_pair=False'
+"""The parameters that came later, and say more of which rotation it is."""
+
 rope_forward, rope = define_forward(
-    "rope(Tensor x, Tensor cos, Tensor sin, bool upcast=False, bool promote=False, bool contiguous=False) -> Tensor",
+    f"rope(Tensor x, Tensor cos, Tensor sin, bool upcast=False, bool promote=False, bool contiguous=False, {_MORE})"
+    " -> Tensor",
     _reference,
     _fake,
     kernel("rope", "forward"),
 )
 rope_pair_forward, rope_pair = define_forward(
     "rope_pair(Tensor q, Tensor k, Tensor cos, Tensor sin, bool upcast=False, bool promote=False,"
-    " bool contiguous=False) -> (Tensor, Tensor)",
+    f" bool contiguous=False, {_MORE}) -> (Tensor, Tensor)",
     _pair_reference,
     _pair_fake,
     kernel("rope", "pair_forward"),
 )
 rope_backward = define(
-    "rope_backward(Tensor dy, Tensor cos, Tensor sin, SymInt[] strides, ScalarType dtype, bool upcast) -> Tensor",
+    f"rope_backward(Tensor dy, Tensor cos, Tensor sin, SymInt[] strides, ScalarType dtype, bool upcast, {_MORE})"
+    " -> Tensor",
     _backward_reference,
     _backward_fake,
     kernel("rope", "backward"),
 )
 rope_pair_backward = define(
     "rope_pair_backward(Tensor dq, Tensor dk, Tensor cos, Tensor sin, SymInt[] q_strides, SymInt[] k_strides,"
-    " ScalarType dtype, bool upcast) -> (Tensor, Tensor)",
+    f" ScalarType dtype, bool upcast, {_MORE}) -> (Tensor, Tensor)",
     _pair_backward_reference,
     _pair_backward_fake,
     kernel("rope", "pair_backward"),
@@ -184,28 +274,52 @@ def _refuse_gradient_of_angles(ctx: Any, cos_at: int) -> None:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, cos, sin, upcast, *_ = inputs
+    x, cos, sin, upcast, _, _, *which = inputs
     _refuse_gradient_of_angles(ctx, 1)
-    ctx.layout = _dense_strides(x), x.dtype, upcast
+    ctx.rest = _dense_strides(x), x.dtype, upcast, *which
     ctx.save_for_backward(cos, sin)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    return rope_backward(dy, *ctx.saved_tensors, *ctx.layout), *(None,) * 5
+    return rope_backward(dy, *ctx.saved_tensors, *ctx.rest), *(None,) * 8
 
 
 def _pair_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, cos, sin, upcast, *_ = inputs
+    q, k, cos, sin, upcast, _, _, *which = inputs
     _refuse_gradient_of_angles(ctx, 2)
-    ctx.layout = _dense_strides(q), _dense_strides(k), q.dtype, upcast
+    ctx.rest = _dense_strides(q), _dense_strides(k), q.dtype, upcast, *which
     ctx.save_for_backward(cos, sin)
 
 
 def _pair_backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Any, ...]:
-    return *rope_pair_backward(dq, dk, *ctx.saved_tensors, *ctx.layout), *(None,) * 5
+    return *rope_pair_backward(dq, dk, *ctx.saved_tensors, *ctx.rest), *(None,) * 8
 
 
 torch.library.register_autograd(rope_forward.name(), _backward, setup_context=_setup)
 torch.library.register_autograd(rope_pair_forward.name(), _pair_backward, setup_context=_pair_setup)
 once_differentiable(rope_backward)
 once_differentiable(rope_pair_backward)
+
+
+def _angles(freqs: Tensor) -> tuple[Tensor, Tensor]:
+    """Their cos and sin, as views."""
+    if freqs.dtype is not torch.complex64:
+        raise ValueError(f"rope: freqs is {freqs.dtype}; it must be complex64")
+    return torch.view_as_real(freqs).unbind(-1)
+
+
+_COMPLEX = {"upcast": True, "layout": "neighbours", "per_pair": True}
+
+
+def _complex(x: Tensor, freqs: Tensor, promote: bool = False) -> Tensor:
+    return rope(x, *_angles(freqs), promote=promote, **_COMPLEX)
+
+
+def _complex_pair(q: Tensor, k: Tensor, freqs: Tensor, promote: bool = False) -> tuple[Tensor, Tensor]:
+    return rope_pair(q, k, *_angles(freqs), promote=promote, **_COMPLEX)
+
+
+rope_complex = define_composite("rope_complex(Tensor x, Tensor freqs, bool promote=False) -> Tensor", _complex)
+rope_complex_pair = define_composite(
+    "rope_complex_pair(Tensor q, Tensor k, Tensor freqs, bool promote=False) -> (Tensor, Tensor)", _complex_pair
+)
