@@ -159,8 +159,11 @@ class Matcher:
         self._anchors: dict[str, list[Term]] = {}
         self._users: dict[str, list[Term]] = {}
         self._found: dict[frozenset[str], list[Term]] = {}
+        self._slices: dict[tuple[Term, int], list[Term]] = {}
         for term in view.carriers:
             self._anchors.setdefault(_name(term), []).append(term)
+            if term.op == "slice" and term.args[4] == 1:
+                self._slices.setdefault(term.args[:2], []).append(term)
             for name in _operand_names(term):
                 self._users.setdefault(f"using {name}", []).append(term)
 
@@ -291,6 +294,9 @@ class Matcher:
                     whole = state.pair(p, t).check(lo, 0, t).check(hi, t.shape[dim], t)
                     yield from self._unify(x, t, whole, inside, None)
                 yield from self._differs(state, p, t, inside)
+            elif p.op == "slice" and t.op == "slice":
+                yield from self._operands(p, t, state)
+                yield from self._slice_of_slice(p, t, state)
             elif p.op != t.op:
                 yield from self._other_operation(p, t, state, inside)
             else:
@@ -314,6 +320,15 @@ class Matcher:
         else:
             reason = f"{describe(inside, 1)} has {describe(t)} where the pattern has {describe(p)}"
             yield from self._differs(state, p, t, inside, reason)
+
+    def _slice_of_slice(self, p: Term, t: Term, state: _State) -> Iterator[_State]:
+        """x[4:8] is also (x[4:12])[0:4], where the graph has x[4:12] too."""
+        x, dim, lo, hi, step = t.args
+        for part in self._slices.get((x, dim), ()):
+            start, end = part.args[2:4]
+            if all(isinstance(n, int) for n in (lo, hi, start, end)) and start <= lo and hi <= end:
+                inner = (part, dim, lo - start, hi - start, step)
+                yield from self._all(list(zip(p.args, inner, strict=True)), state.pair(p, t), t, t.dtype)
 
     def _bind(self, p: Term, t: Any, state: _State, inside: Term) -> Iterator[_State]:
         name, kind = p.args

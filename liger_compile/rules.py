@@ -336,6 +336,9 @@ def slice_(c: Call, x: Term, dim: int, lo: Any, hi: Any, step: Any = 1) -> Term:
         return _through_cast(c, x, lambda y: slice_(c, y, dim, lo, hi, step))
     if same(lo, 0) and same(step, 1) and same(hi, size(x, dim)):
         return x  # x[:] -> x
+    if not same(step, 1):  # the end is right behind the last element: x[0:8:2] -> x[0:7:2]
+        last = arith("mul", arith("floordiv", arith("sub", arith("sub", hi, lo), 1), step), step)
+        hi = arith("add", arith("add", lo, last), 1)
     if x.op == "slice" and x.args[1] == dim and x.args[4] == 1:
         inner, _, start, _, _ = x.args
         return slice_(c, inner, dim, arith("add", start, lo), arith("add", start, hi), step)  # x[a:][b:c] -> x[a+b:a+c]
@@ -382,6 +385,8 @@ def select(c: Call, x: Term, dim: int, index: Any) -> Term:
         return _through_cast(c, x, lambda y: select(c, y, dim, index))
     if x.op == "reshape" and x.shape is not None:
         whole, shape = x.args[0], x.shape
+        if dim == -1 and isinstance(shape[-1], int) and isinstance(shape[-2], int):
+            whole = reshape_to(c, whole, (*shape[:-2], shape[-2] * shape[-1]))
         if whole.shape is not None and dim in (-1, -2) and len(shape) == len(whole.shape) + 1:
             if same(shape[:-2], whole.shape[:-1]) and isinstance(shape[-1], int) and isinstance(shape[-2], int):
                 k, d = shape[-2:]
@@ -576,7 +581,44 @@ def _squeeze(c: Call, x: Term, dim: Any = None) -> Term:
     return _pattern_view(c, x, lambda s: (*s[: len(s) + dim], *s[len(s) + dim + 1 :]))
 
 
-@rule("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "_unsafe_view", "ravel")
+@rule("flatten")
+def _flatten(c: Call, x: Term, start_dim: int = 0, end_dim: int = -1) -> Term:
+    if c.shape is not None:
+        return reshape_to(c, x, c.shape)
+    if (start_dim, end_dim) != (-2, -1):
+        raise PatternError("flattens dimensions that a pattern cannot know: in a pattern, use flatten(-2)")
+    if widens(x):
+        return _through_cast(c, x, lambda y: _flatten(c, y, start_dim, end_dim))
+    if x.op == "stack" and x.args[1] == -1:
+        return c.step("interleave", x.args[0], dtype=x.dtype)
+    return _pattern_view(c, x, lambda s: (*s[:-2], s[-2] * s[-1]))
+
+
+def _in_pairs(shape: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*shape[:-1], shape[-1] // 2, 2)
+
+
+@rule("unflatten")
+def _unflatten(c: Call, x: Term, dim: int, sizes: Any) -> Term:
+    if c.shape is not None:
+        return reshape_to(c, x, c.shape)
+    if dim != -1 or tuple(sizes) != (-1, 2):
+        raise PatternError("gives a shape that a pattern cannot know: in a pattern, use unflatten(-1, (-1, 2))")
+    return _pattern_view(c, x, _in_pairs)
+
+
+@rule("view_as_complex")
+def _view_as_complex(c: Call, x: Term) -> Term:
+    """view_as_complex(x.unflatten(-1, (-1, 2))) -> complex(x)"""
+    if x.shape is not None:
+        return c("complex", reshape_to(c, x, (*x.shape[:-2], x.shape[-2] * 2)))
+    pairs = x.args[0] if x.op == "cast" else x
+    if pairs.op != "reshape" or pairs.args[1].args[1] is not _in_pairs:
+        raise PatternError("makes complex numbers of a shape that a pattern cannot know: use unflatten(-1, (-1, 2))")
+    return c("complex", _through_cast(c, x, lambda y: y.args[0]))
+
+
+@rule("view", "reshape", "view_as", "reshape_as", "_unsafe_view", "ravel")
 def _reshape(c: Call, x: Term, *args: Any, **kwargs: Any) -> Term:
     if any(isinstance(a, torch.dtype) for a in args):
         raise NotCanonical("reinterprets the bits")
@@ -665,6 +707,10 @@ def _stack(c: Call, tensors: Any, dim: int = 0) -> Term:
     parts = tuple(tensors)
     if isinstance(dim, int) and dim >= 0 and parts[0].shape is not None:
         dim -= len(parts[0].shape) + 1
+    inner = {p.args[0].dtype for p in parts if p.op == "cast"}
+    if all(widens(p) for p in parts) and len(inner) == 1:  # stack(cast(x), cast(y)) -> cast(stack(x, y))
+        whole = c.step("stack", tuple(p.args[0] for p in parts), dim, dtype=inner.pop(), shape=c.shape)
+        return cast(c, whole, parts[0].args[1])
     return c.step("stack", parts, dim, dtype=c.dtype or _infer_dtype("stack", parts), shape=c.shape)
 
 

@@ -1,4 +1,7 @@
-"""Rotary position embedding in the rotate-half form: on q and k together or on one tensor, on all of it or a part."""
+"""Rotary position embedding, of q and k together or of one tensor, on all of it or a part.
+
+Which components are a pair (`layout`): those a half apart, or neighbours.
+"""
 
 from functools import partial
 from typing import Literal
@@ -11,24 +14,45 @@ from liger_compile.match import Match
 from liger_compile.registry import pattern
 
 
-def rotate_half(x):
+def split(x, layout):
     half = x.shape[-1] // 2
-    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return (x[..., :half], x[..., half:]) if layout == "halves" else (x[..., 0::2], x[..., 1::2])
 
 
-def rotate(x, cos, sin, upcast, promote):
+def join(x1, x2, layout):
+    return torch.stack((x1, x2), dim=-1).flatten(-2) if layout == "neighbours" else torch.cat((x1, x2), dim=-1)
+
+
+def rotate(x, cos, sin, layout, upcast, promote):
     h = x.float() if upcast else x
-    y = h * cos + rotate_half(h) * sin
+    x1, x2 = split(h, layout)
+    y = h * cos + join(-x2, x1, layout) * sin
     return y if promote else y.to(x.dtype)
 
 
-def rotate_part(x, cos, sin, upcast):
+def rotate_part(x, cos, sin, layout, upcast):
     width = cos.shape[-1]
-    return torch.cat((rotate(x[..., :width], cos, sin, upcast, False), x[..., width:]), dim=-1)
+    return torch.cat((rotate(x[..., :width], cos, sin, layout, upcast, False), x[..., width:]), dim=-1)
+
+
+def rotate_back(x, cos, sin):
+    x1, x2 = split(x, "halves")
+    return x * cos + torch.cat((x2, -x1), dim=-1) * sin
+
+
+def rotate_pairs(x, cos, sin, layout, upcast):
+    x1, x2 = split(x.float() if upcast else x, layout)
+    return join(x1 * cos - x2 * sin, x2 * cos + x1 * sin, layout).to(x.dtype)
+
+
+def rotate_complex(x, freqs, promote):
+    z = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    y = torch.view_as_real(z * freqs).flatten(-2)
+    return y if promote else y.to(x.dtype)
 
 
 def check(match: Match) -> str | None:
-    for name in ("cos", "sin"):
+    for name in {"cos", "sin", "freqs"} & match.captures.keys():
         if any(value_of(n).requires_grad for n in match.nodes(name)):
             return f"{name} needs a gradient, which the kernel does not compute"
     for name in ("x", "q", "k"):
@@ -37,30 +61,83 @@ def check(match: Match) -> str | None:
     return None
 
 
+def check_pairs(match: Match) -> str | None:
+    """One value of cos and sin for each pair."""
+    for name in {"x", "q", "k"} & match.captures.keys():
+        for angles in {"cos", "sin", "freqs"} & match.captures.keys():
+            if match.shape(angles)[-1] * 2 != match.shape(name)[-1]:
+                return f"{angles} has {match.shape(angles)[-1]} components for {match.shape(name)[-1]} of {name}"
+    return check(match)
+
+
 def examples(make, rows):
-    for width in (16, 6):  # all of the head, a part of it
-        q, k = make(2, 4, rows, 16), make(2, 1, rows, 16)
+    q, k = make(2, 4, rows, 16), make(2, 1, rows, 16)
+    for width in (16, 6, 8):  # all of the head, a part of it, one for each pair
         yield {"q": q, "k": k, "x": q, "cos": make.constant(rows, width), "sin": make.constant(rows, width)}
         cos, sin = make.constant(2, 1, rows, width), make.constant(2, 1, rows, width)
         yield {"q": q, "k": k, "x": k, "cos": cos, "sin": sin}
         yield {"q": q, "k": k, "x": q, "cos": cos.float(), "sin": sin.float()}
 
 
+def complex_examples(make, rows):
+    q, k = make(2, rows, 4, 16), make(2, rows, 1, 16)
+    for shape in ((rows, 1, 8), (2, rows, 1, 8)):
+        freqs = torch.complex(make.constant(*shape).float(), make.constant(*shape).float())
+        yield {"q": q, "k": k, "x": q, "freqs": freqs}
+
+
+Layout = Literal["halves", "neighbours"]
+FromLayout = Literal["halves", "neighbours", "neighbours to halves"]
+Choice = Literal[False, True]
+
+
 @pattern(replace=ops.rope_pair, check=check, name="rope", examples=examples)
-def rope_pair(q, k, cos, sin, *, upcast: Literal[False, True], promote: Literal[False, True]):
-    return rotate(q, cos, sin, upcast, promote), rotate(k, cos, sin, upcast, promote)
+def rope_pair(q, k, cos, sin, *, layout: Layout, upcast: Choice, promote: Choice):
+    return rotate(q, cos, sin, layout, upcast, promote), rotate(k, cos, sin, layout, upcast, promote)
 
 
 @pattern(replace=ops.rope, check=check, examples=examples)
-def rope(x, cos, sin, *, upcast: Literal[False, True], promote: Literal[False, True]):
-    return rotate(x, cos, sin, upcast, promote)
+def rope(x, cos, sin, *, layout: Layout, upcast: Choice, promote: Choice):
+    return rotate(x, cos, sin, layout, upcast, promote)
 
 
 @pattern(replace=partial(ops.rope_pair, contiguous=True), check=check, name="rope", examples=examples)
-def partial_rope_pair(q, k, cos, sin, *, upcast: Literal[False, True]):
-    return rotate_part(q, cos, sin, upcast), rotate_part(k, cos, sin, upcast)
+def partial_rope_pair(q, k, cos, sin, *, layout: Layout, upcast: Choice):
+    return rotate_part(q, cos, sin, layout, upcast), rotate_part(k, cos, sin, layout, upcast)
 
 
 @pattern(replace=partial(ops.rope, contiguous=True), check=check, name="rope", examples=examples)
-def partial_rope(x, cos, sin, *, upcast: Literal[False, True]):
-    return rotate_part(x, cos, sin, upcast)
+def partial_rope(x, cos, sin, *, layout: Layout, upcast: Choice):
+    return rotate_part(x, cos, sin, layout, upcast)
+
+
+@pattern(replace=partial(ops.rope_pair, inverse=True), check=check, name="rope", examples=examples)
+def inverse_rope_pair(q, k, cos, sin):
+    return rotate_back(q, cos, sin), rotate_back(k, cos, sin)
+
+
+@pattern(replace=partial(ops.rope, inverse=True), check=check, name="rope", examples=examples)
+def inverse_rope(x, cos, sin):
+    return rotate_back(x, cos, sin)
+
+
+@pattern(
+    replace=partial(ops.rope_pair, contiguous=True, per_pair=True), check=check_pairs, name="rope", examples=examples
+)
+def rope_pair_by_pairs(q, k, cos, sin, *, layout: FromLayout, upcast: Choice):
+    return rotate_pairs(q, cos, sin, layout, upcast), rotate_pairs(k, cos, sin, layout, upcast)
+
+
+@pattern(replace=partial(ops.rope, contiguous=True, per_pair=True), check=check_pairs, name="rope", examples=examples)
+def rope_by_pairs(x, cos, sin, *, layout: FromLayout, upcast: Choice):
+    return rotate_pairs(x, cos, sin, layout, upcast)
+
+
+@pattern(replace=ops.rope_complex_pair, check=check_pairs, name="rope", examples=complex_examples)
+def complex_rope_pair(q, k, freqs, *, promote: Choice):
+    return rotate_complex(q, freqs, promote), rotate_complex(k, freqs, promote)
+
+
+@pattern(replace=ops.rope_complex, check=check_pairs, name="rope", examples=complex_examples)
+def complex_rope(x, freqs, *, promote: Choice):
+    return rotate_complex(x, freqs, promote)
