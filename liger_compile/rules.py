@@ -609,13 +609,15 @@ def _unflatten(c: Call, x: Term, dim: int, sizes: Any) -> Term:
 
 @rule("view_as_complex")
 def _view_as_complex(c: Call, x: Term) -> Term:
-    """view_as_complex(x.unflatten(-1, (-1, 2))) -> complex(x)"""
+    """view_as_complex(x.float().unflatten(-1, (-1, 2))) -> complex(x)"""
     if x.shape is not None:
-        return c("complex", reshape_to(c, x, (*x.shape[:-2], x.shape[-2] * 2)))
-    pairs = x.args[0] if x.op == "cast" else x
-    if pairs.op != "reshape" or pairs.args[1].args[1] is not _in_pairs:
-        raise PatternError("makes complex numbers of a shape that a pattern cannot know: use unflatten(-1, (-1, 2))")
-    return c("complex", _through_cast(c, x, lambda y: y.args[0]))
+        x = reshape_to(c, x, (*x.shape[:-2], x.shape[-2] * 2))
+    x = x.args[0] if widens(x) and x.dtype is torch.float32 else x
+    if c.shape is None:
+        if x.op != "reshape" or x.args[1].args[1] is not _in_pairs:
+            raise PatternError("makes complex numbers of an unknown shape: in a pattern, use x.unflatten(-1, (-1, 2))")
+        x = x.args[0]
+    return c.step("complex", x, dtype=c.dtype, shape=c.shape)
 
 
 @rule("view", "reshape", "view_as", "reshape_as", "_unsafe_view", "ravel")

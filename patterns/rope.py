@@ -133,11 +133,11 @@ def rope_by_pairs(x, cos, sin, *, layout: FromLayout, upcast: Choice):
     return rotate_pairs(x, cos, sin, layout, upcast)
 
 
-@pattern(replace=ops.rope_complex_pair, check=check_pairs, name="rope", examples=complex_examples)
+@pattern(replace=ops.complex_rope_pair, check=check_pairs, name="rope", examples=complex_examples)
 def complex_rope_pair(q, k, freqs, *, promote: Choice):
     return rotate_complex(q, freqs, promote), rotate_complex(k, freqs, promote)
 
 
-@pattern(replace=ops.rope_complex, check=check_pairs, name="rope", examples=complex_examples)
+@pattern(replace=ops.complex_rope, check=check_pairs, name="rope", examples=complex_examples)
 def complex_rope(x, freqs, *, promote: Choice):
     return rotate_complex(x, freqs, promote)

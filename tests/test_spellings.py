@@ -424,6 +424,147 @@ def rope_tokens_before_heads(q, k, cos, sin):
     return q * cos + half(q) * sin, k * cos + half(k) * sin
 
 
+def rope_inverse(q, k, cos, sin):
+    def rotate(x):
+        x1, x2 = x.chunk(2, dim=-1)
+        return torch.cat((x2, -x1), dim=-1)
+
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + rotate(q) * sin, k * cos + rotate(k) * sin
+
+
+def rope_of_slices(q, k, cos, sin):
+    """As in latent attention, where the last components of each head are rotated."""
+    (_, q), (_, k) = q.split([4, 4], dim=-1), k.split([4, 4], dim=-1)
+    cos, sin = cos[..., :4].unsqueeze(1), sin[..., :4].unsqueeze(1)
+    return q * cos + half(q) * sin, k * cos + half(k) * sin
+
+
+def neighbours(x):
+    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+
+def repeated(cos, sin, dim=1):
+    return (x[..., :4].repeat_interleave(2, dim=-1).unsqueeze(dim) for x in (cos, sin))
+
+
+def rope_neighbours(q, k, cos, sin):
+    cos, sin = repeated(cos, sin)
+    return (q * cos) + (neighbours(q) * sin), (k * cos) + (neighbours(k) * sin)
+
+
+def rope_neighbours_reshaped(q, k, cos, sin):
+    def rotate(x):
+        return torch.stack([-x[:, :, :, 1::2], x[:, :, :, 0::2]], dim=4).reshape_as(x)
+
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + rotate(q) * sin, k * cos + rotate(k) * sin
+
+
+def rope_neighbours_unbound(q, k, cos, sin):
+    def rotate(x):
+        x1, x2 = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+        return torch.stack((-x2, x1), dim=-1).view(*x.shape)
+
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + rotate(q) * sin, k * cos + rotate(k) * sin
+
+
+def rope_neighbours_upcast(q, k, cos, sin):
+    cos, sin = repeated(cos, sin)
+    qf, kf = q.float(), k.float()
+    return (qf * cos + neighbours(qf) * sin).to(q.dtype), (kf * cos + neighbours(kf) * sin).to(k.dtype)
+
+
+def rope_neighbours_upcast_twice(q, k, cos, sin):
+    cos, sin = repeated(cos, sin)
+
+    def one(x):
+        return ((x.float() * cos) + (neighbours(x).float() * sin)).to(x.dtype)
+
+    return one(q), one(k)
+
+
+def rope_neighbours_partial(q, k, cos, sin):
+    cos, sin = repeated(cos[..., :3], sin[..., :3])
+
+    def part(x):
+        rot, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        return torch.cat([rot * cos + neighbours(rot) * sin, rest], dim=-1)
+
+    return part(q), part(k)
+
+
+def rope_neighbours_tokens_before_heads(q, k, cos, sin):
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    cos, sin = repeated(cos, sin, dim=2)
+    return q * cos + neighbours(q) * sin, k * cos + neighbours(k) * sin
+
+
+def rope_by_pairs(q, k, cos, sin):
+    cos, sin = cos[..., :4].unsqueeze(1), sin[..., :4].unsqueeze(1)
+
+    def one(x):
+        first, second = torch.chunk(x, 2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    return one(q), one(k)
+
+
+def rope_by_pairs_cast_back(q, k, cos, sin):
+    cos, sin = cos[..., :4].unsqueeze(1).float(), sin[..., :4].unsqueeze(1).float()
+
+    def one(x):
+        first, second = x.float().chunk(2, -1)
+        return torch.cat((first * cos - second * sin, sin * first + cos * second), dim=-1).type_as(x)
+
+    return one(q), one(k)
+
+
+def rope_neighbours_by_pairs(q, k, cos, sin):
+    cos, sin = cos[..., :4].unsqueeze(1), sin[..., :4].unsqueeze(1)
+
+    def one(x):
+        pairs = x.float().reshape(*x.shape[:-1], -1, 2)
+        a, b = pairs[..., 0], pairs[..., 1]
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(3).type_as(x)
+
+    return one(q), one(k)
+
+
+def rope_neighbours_to_halves(q, k, cos, sin):
+    cos, sin = cos[..., :4].unsqueeze(1), sin[..., :4].unsqueeze(1)
+
+    def one(x):
+        x1, x2 = x[..., 0::2], x[..., 1::2]
+        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+    return one(q), one(k)
+
+
+def as_complex(x):
+    return torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+
+
+def rope_complex(q, k, cos, sin):
+    freqs = torch.complex(cos[..., :4].float(), sin[..., :4].float()).unsqueeze(1)
+    q_out = torch.view_as_real(as_complex(q) * freqs).flatten(3)
+    k_out = torch.view_as_real(as_complex(k) * freqs).flatten(3)
+    return q_out.type_as(q), k_out.type_as(k)
+
+
+def rope_complex_tokens_before_heads(q, k, cos, sin):
+    q, k = (x.transpose(1, 2).flatten(2) for x in (q, k))  # what a linear layer gives, seen as heads
+    q, k = q.view(*q.shape[:2], -1, 8), k.view(*k.shape[:2], -1, 8)
+    freqs = torch.complex(cos[0, :, :4].float(), sin[0, :, :4].float()).view(1, 5, 1, 4)
+    return tuple(torch.view_as_real(freqs * as_complex(x)).reshape(x.shape).to(x.dtype) for x in (q, k))
+
+
+def rope_complex_inverse(q, k, cos, sin):
+    freqs = torch.complex(cos[..., :4].float(), sin[..., :4].float()).unsqueeze(1).conj()
+    return tuple(torch.view_as_real(as_complex(x) * freqs).flatten(-2).type_as(x) for x in (q, k))
+
+
 ROPES = [f for name, f in list(globals().items()) if name.startswith("rope_")]
 
 
@@ -654,6 +795,15 @@ def rotated(x, cos, sin, rotate):
     return x * cos + rotate(x) * sin
 
 
+def parts(x, cos, other_cos, sin, last):
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat((x1 * cos - x2 * sin, last(x2 * other_cos, x1 * sin)), -1)
+
+
+def complex_product(x, freqs):
+    return as_complex(x) * freqs
+
+
 NEAR_MISSES = [
     # pattern, what the reason must name, function, arguments
     ("rms_norm", r"-2.*where the pattern has -1", lambda x, w: normed(x, w, dim=-2), (X, W)),
@@ -685,7 +835,7 @@ NEAR_MISSES = [
     ("swiglu", r"bfloat16", lambda g, u: F.silu(g) * u, (G.bfloat16(), U)),
     ("swiglu", r"sigmoid.*silu", lambda g, u: g * torch.sigmoid(1.702 * g) * u, (G, U)),
     ("rope", r"neg", lambda x, c, s: rotated(x, c, s, lambda x: torch.cat((x[..., 4:], x[..., :4]), -1)), (Q, COS, SIN)),
-    ("rope", r"neg", lambda x, c, s: rotated(x, c, s, lambda x: torch.cat((x[..., 4:], -x[..., :4]), -1)), (Q, COS, SIN)),
+    ("rope", r"neg", lambda x, c, s: rotated(x, c, s, lambda x: torch.cat((-x[..., 4:], -x[..., :4]), -1)), (Q, COS, SIN)),
     ("rope", r"sub.*add", lambda x, c, s: x * c - half(x) * s, (Q, COS, SIN)),
     ("rope", r"3.*4|size", lambda x, c, s: rotated(x, c, s, lambda x: torch.cat((-x[..., 3:], x[..., :3]), -1)), (Q, COS, SIN)),
     ("rope", r"has 0 in slice.*= 4", lambda x, c, s: rotated(x, c, s, lambda x: torch.cat((-x[..., :4], x[..., 4:]), -1)), (Q, COS, SIN)),
@@ -695,7 +845,17 @@ NEAR_MISSES = [
     ("rope", r"also used by|returned", lambda x, c, s: (lambda r: (x * c + r * s, r))(half(x)), (Q, COS, SIN)),
     ("rope", r"float64", lambda x, c, s: x * c + half(x) * s, (Q.double(), COS.double(), SIN.double())),
     ("rope", r"5 dimensions", lambda x, c, s: x * c + half(x) * s, (Q[None], COS, SIN)),
-    ("rope", r"interleave.*cat", lambda x, c, s: rotated(x, c, s, lambda x: torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)), (Q, COS, SIN)),
+    ("rope", r"neg", lambda x, c, s: rotated(x, c, s, lambda x: torch.stack((x[..., 1::2], -x[..., ::2]), -1).flatten(-2)), (Q, COS, SIN)),
+    ("rope", r"slice", lambda x, c, s: rotated(x, c, s, lambda x: torch.stack((-x[..., ::2], x[..., 1::2]), -1).flatten(-2)), (Q, COS, SIN)),
+    ("rope", r"slice", lambda x, c, s: rotated(x, c, s, lambda x: torch.stack((-x[..., 4:], x[..., :4]), -1).flatten(-2)), (Q, COS, SIN)),
+    ("rope", r"slice|cat", lambda x, c, s: rotated(x, c, s, lambda x: torch.cat((-x[..., 1::2], x[..., ::2]), -1)), (Q, COS, SIN)),
+    ("rope", r"in one place", lambda x, c, s: x * c + neighbours(x.relu()) * s, (Q, COS, SIN)),
+    ("rope", r"sub.*add", lambda x, c, s: parts(x, c, c, s, lambda a, b: a - b), (Q, COS[..., :4], SIN[..., :4])),
+    ("rope", r"in one place", lambda x, c, s: parts(x, c, c.exp(), s, torch.add), (Q, COS[..., :4], SIN[..., :4])),
+    ("rope", r"1 components", lambda x, c, s: parts(x, c, c, s, torch.add), (Q, COS[..., :1], SIN[..., :1])),
+    ("rope", r"complex128", lambda x, c: torch.view_as_real(complex_product(x, c)).flatten(-2).type_as(x), (Q, torch.complex(COS, SIN)[..., :4].to(torch.complex128))),
+    ("rope", r"needs a gradient", lambda x, c: torch.view_as_real(complex_product(x, c)).flatten(-2).type_as(x), (Q, torch.complex(COS, SIN)[..., :4].requires_grad_())),
+    ("rope", r"view_as_complex|complex", lambda x, c: torch.view_as_real(as_complex(x.sin()) + c).flatten(-2).type_as(x), (Q, torch.complex(COS, SIN)[..., :4])),
     ("linear_cross_entropy", r"0\.1", lambda h, w, y: F.cross_entropy(F.linear(h, w), y, weight=w[:, 0], label_smoothing=0.1), (H, V, Y)),
     ("linear_cross_entropy", r"probabilities", lambda h, w, y: F.cross_entropy(F.linear(h, w), F.one_hot(y, 11).float()), (H, V, Y)),
     ("linear_cross_entropy", r"relu.*linear", lambda h, w, y: F.cross_entropy(F.linear(h, w).relu(), y), (H, V, Y)),

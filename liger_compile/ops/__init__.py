@@ -9,9 +9,11 @@ from .glu import glu, packed_glu
 from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_lse
 from .masked_attention import masked_attention
 from .rms_norm import rms_norm
-from .rope import rope, rope_complex, rope_complex_pair, rope_pair
+from .rope import complex_rope, complex_rope_pair, rope, rope_pair
 
 __all__ = [
+    "complex_rope",
+    "complex_rope_pair",
     "embedding",
     "glu",
     "linear_cross_entropy",
@@ -20,7 +22,5 @@ __all__ = [
     "packed_glu",
     "rms_norm",
     "rope",
-    "rope_complex",
-    "rope_complex_pair",
     "rope_pair",
 ]

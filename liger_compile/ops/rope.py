@@ -2,7 +2,7 @@
 
 `rope(x, cos, sin, upcast=False, promote=False, contiguous=False, layout="halves", inverse=False, per_pair=False) -> y`
 `rope_pair(q, k, cos, sin, ...) -> (y_q, y_k)`: two tensors with one cos and sin, one launch; options as for `rope`.
-`rope_complex(x, freqs, promote=False) -> y`, `rope_complex_pair(q, k, freqs, promote=False) -> (y_q, y_k)`:
+`complex_rope(x, freqs, promote=False) -> y`, `complex_rope_pair(q, k, freqs, promote=False) -> (y_q, y_k)`:
 neighbours as complex numbers times `freqs` = cos + i sin, complex64, [..., D / 2].
 
 - x: [..., D], 2 to 4 dimensions, any strides, float32, bfloat16 or float16.
@@ -305,7 +305,7 @@ def _angles(freqs: Tensor) -> tuple[Tensor, Tensor]:
     """Their cos and sin, as views."""
     if freqs.dtype is not torch.complex64:
         raise ValueError(f"rope: freqs is {freqs.dtype}; it must be complex64")
-    return torch.view_as_real(freqs).unbind(-1)
+    return torch.view_as_real(freqs.resolve_conj()).unbind(-1)
 
 
 _COMPLEX = {"upcast": True, "layout": "neighbours", "per_pair": True}
@@ -319,7 +319,7 @@ def _complex_pair(q: Tensor, k: Tensor, freqs: Tensor, promote: bool = False) ->
     return rope_pair(q, k, *_angles(freqs), promote=promote, **_COMPLEX)
 
 
-rope_complex = define_composite("rope_complex(Tensor x, Tensor freqs, bool promote=False) -> Tensor", _complex)
-rope_complex_pair = define_composite(
-    "rope_complex_pair(Tensor q, Tensor k, Tensor freqs, bool promote=False) -> (Tensor, Tensor)", _complex_pair
+complex_rope = define_composite("complex_rope(Tensor x, Tensor freqs, bool promote=False) -> Tensor", _complex)
+complex_rope_pair = define_composite(
+    "complex_rope_pair(Tensor q, Tensor k, Tensor freqs, bool promote=False) -> (Tensor, Tensor)", _complex_pair
 )
