@@ -111,12 +111,12 @@ def partial_rope(x, cos, sin, *, layout: Layout, upcast: Choice):
     return rotate_part(x, cos, sin, layout, upcast)
 
 
-@pattern(replace=partial(ops.rope_pair, inverse=True), check=check, name="rope", examples=examples)
+@pattern(replace=partial(ops.rope_pair, inverse=True, promote=True), check=check, name="rope", examples=examples)
 def inverse_rope_pair(q, k, cos, sin):
     return rotate_back(q, cos, sin), rotate_back(k, cos, sin)
 
 
-@pattern(replace=partial(ops.rope, inverse=True), check=check, name="rope", examples=examples)
+@pattern(replace=partial(ops.rope, inverse=True, promote=True), check=check, name="rope", examples=examples)
 def inverse_rope(x, cos, sin):
     return rotate_back(x, cos, sin)
 

@@ -9,11 +9,11 @@ from helpers import capture
 
 from bench.coverage import cover, sites
 
-NEIGHBOURS = {"rope": 4}  # rotated against each other, instead of halves
 LEFT = {
     "apertus": {}, "arcee": {}, "exaone4": {}, "gemma": {}, "granite": {}, "hunyuan_v1_dense": {}, "llama": {},
     "mixtral": {}, "olmo2": {}, "olmoe": {}, "phi3": {}, "qwen2": {}, "qwen3": {}, "qwen3_moe": {}, "smollm3": {},
-    "ernie4_5": NEIGHBOURS, "glm": NEIGHBOURS, "glm4": NEIGHBOURS, "helium": NEIGHBOURS, "nanochat": {"rope": 4},
+    "ernie4_5": {}, "glm": {}, "glm4": {}, "gpt_oss": {}, "helium": {}, "llama4_text": {}, "minicpm3": {},
+    "nanochat": {},
 }  # fmt: skip
 """Families, and the sites that no pattern takes yet."""
 

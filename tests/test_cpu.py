@@ -43,6 +43,14 @@ CASES = {
     "packed_glu": (ops.packed_glu, (some(4, 8),)),
     "rope": (ops.rope, (some(4, 8), some(4, 8, grad=False), some(4, 8, grad=False))),
     "rope_pair": (ops.rope_pair, (some(3, 4, 8), some(2, 4, 8), some(4, 8, grad=False), some(4, 8, grad=False))),
+    "rope of neighbours": (
+        lambda x, c, s: ops.rope(x, c, s, contiguous=True, layout="neighbours to halves", inverse=True, per_pair=True),
+        (some(3, 4, 8), some(4, 4, grad=False), some(4, 4, grad=False)),
+    ),
+    "rope of complex numbers": (
+        ops.complex_rope_pair,
+        (some(3, 4, 8), some(2, 4, 8), torch.polar(torch.ones(4, 4), torch.randn(4, 4))),
+    ),
     "embedding": (lambda w: ops.embedding(torch.tensor([[1, 3], [1, 2]]), w, 2), (some(5, 8),)),
     "mean": (lambda h, w, b: ops.linear_cross_entropy(h, w, b, Y, scale=0.5, softcap=3.0), LOSS),
     "smoothed": (lambda h, w, b: ops.linear_cross_entropy(h, w, b, Y, reduction="none", label_smoothing=0.1), LOSS),

@@ -21,6 +21,10 @@ def fixed(*shape, dtype=torch.float32):
     return some(*shape, dtype=dtype, grad=False)
 
 
+def freqs(*shape):
+    return torch.polar(torch.ones(shape), torch.randn(shape))
+
+
 def labels(n=6, classes=9):
     target = torch.randint(classes, (n,))
     target[1::3] = -100
@@ -105,9 +109,21 @@ SAMPLES = {
         lambda: ((half(5, 8), fixed(5, 8), fixed(5, 8)), {"promote": True}),
         lambda: ((half(5, 8), half(5, 8, grad=False), half(5, 8, grad=False)), {"upcast": True}),
         lambda: ((some(0, 8), fixed(0, 8), fixed(0, 8)), {}),
+        lambda: ((half(2, 3, 5, 8), fixed(5, 6), fixed(5, 6)), {"layout": "neighbours", "inverse": True}),
+        lambda: ((some(5, 8), fixed(5, 4), fixed(5, 4)), {"layout": "neighbours to halves", "per_pair": True}),
+    ],
+    "complex_rope": [
+        lambda: ((some(2, 5, 3, 8), freqs(5, 1, 4)), {}),
+        lambda: ((half(2, 5, 3, 8).transpose(1, 2), freqs(2, 1, 5, 4).conj()), {"promote": True}),
+    ],
+    "complex_rope_pair": [
+        lambda: ((some(2, 5, 3, 8), half(2, 5, 1, 8), freqs(5, 1, 4)), {}),
+        lambda: ((some(0, 1, 8), some(0, 2, 8), freqs(0, 1, 4)), {}),
     ],
     "rope_backward": [
         lambda: ((fixed(5, 8), fixed(5, 8), fixed(5, 8), [8, 1], torch.float32, False), {}),
+        lambda: ((*(fixed(5, 8),) * 3, [8, 1], torch.float32, False, "neighbours", True), {}),
+        lambda: ((*(fixed(5, 8),) * 3, [8, 1], torch.float32, False, "neighbours to halves"), {}),
         lambda: ((fixed(5, 8), fixed(5, 6), fixed(5, 6), [1, 5], torch.bfloat16, True), {}),
     ],
     "rope_pair": [
@@ -118,6 +134,10 @@ SAMPLES = {
     "rope_pair_backward": [
         lambda: (
             (fixed(5, 8), fixed(5, 8), fixed(5, 8), fixed(5, 8), [8, 1], [1, 5], torch.float32, False),
+            {},
+        ),
+        lambda: (
+            (*(fixed(5, 8),) * 2, *(fixed(5, 4),) * 2, [8, 1], [1, 5], torch.float32, True, "halves", True, True),
             {},
         ),
     ],
@@ -243,6 +263,9 @@ ERRORS = [
     (lambda: ops.rope(some(4, 8), fixed(4, 10), fixed(4, 10)), r"cos has 10 components, .* at most x's 8"),
     (lambda: ops.rope(some(4, 8), fixed(2, 4, 8), fixed(2, 4, 8)), r"cos \(2, 4, 8\) does not broadcast to x \(4, 8\)"),
     (lambda: ops.rope(some(1, 1, 1, 4, 8), fixed(4, 8), fixed(4, 8)), r"does not broadcast to x \(1, 1, 1, 4, 8\)"),
+    (lambda: ops.rope(some(4, 8), fixed(4, 8), fixed(4, 8), layout="pairs"), r"layout is one of .*, not 'pairs'"),
+    (lambda: ops.rope(some(4, 8), fixed(4, 8), fixed(4, 8), per_pair=True), r"cos has 16 components, .* at most x's 8"),
+    (lambda: ops.complex_rope(some(4, 8), fixed(4, 4)), r"freqs is torch\.float32; it must be complex64"),
     (lambda: ops.rope(some(4, 8), some(4, 8), some(4, 8)), r"cos and sin are constants; detach them"),
     (lambda: ops.rope_pair(some(4, 8), some(4, 8), some(4, 8), fixed(4, 8)), r"cos and sin are constants"),
     (lambda: ops.linear_cross_entropy(some(4, 8), some(7, 9), None, Y), r"hidden \(4, 8\), weight \(7, 9\); needs"),

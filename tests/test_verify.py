@@ -146,6 +146,7 @@ PLANTED = {
 }
 COMPOSED = {
     *("rms_norm", "glu", "packed_glu", "rope", "rope_pair", "embedding"),
+    *("complex_rope", "complex_rope_pair"),
     *("linear_cross_entropy", "linear_cross_entropy_lse"),
 }
 """Ops that have no kernel but those of others."""
@@ -196,6 +197,19 @@ def test_a_wrong_kernel_is_named(planted):
 def uncompiled(function, options):
     """`function` by the backend without Inductor."""
     return torch.compile(function, backend=rewritten(options=split_options(options)[0]))
+
+
+def test_complex_numbers_are_compared():
+    freqs = torch.polar(torch.ones(5, 4), torch.randn(5, 4))
+
+    def rotate(x):
+        z = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2)) * freqs
+        return torch.view_as_real(z).flatten(-2).type_as(x)
+
+    x = some(2, 5, 8)
+    result = compiled(rotate)(x)
+    assert relative_error(result.detach(), rotate(x).detach()) < 1e-6
+    result.sum().backward()
 
 
 def sine(x):
