@@ -76,9 +76,9 @@ def is_norm(node: fx.Node) -> bool:
 
 
 def is_rotation(node: fx.Node) -> bool:
-    """Halves or neighbours put together with one of them negated, or pairs taken as complex numbers."""
+    """Halves or neighbours put together with one of them negated, or pairs multiplied as complex numbers."""
     if op(node) == "view_as_real":
-        return True
+        return op(origin(node.args[0])) == "mul"
     if op(node) not in ("cat", "stack"):
         return False
     parts = [origin(p) for p in node.args[0]]

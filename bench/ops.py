@@ -37,6 +37,21 @@ def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
+def rotate_neighbours(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+
+    return q * cos + turned(q) * sin, k * cos + turned(k) * sin
+
+
+def rotate_complex(q: torch.Tensor, k: torch.Tensor, freqs: torch.Tensor) -> Any:
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        z = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(z * freqs).flatten(-2).type_as(x)
+
+    return rotated(q), rotated(k)
+
+
 def cases() -> dict[str, dict[str, Any]]:
     """Name to the plain function, ours, Liger-Kernel's, the operands, and the bytes of (forward, backward)."""
 
@@ -75,6 +90,21 @@ def cases() -> dict[str, dict[str, Any]]:
             "operands": operands,
             "bytes": (4 * size, 4 * size),
         }
+    freqs = torch.polar(torch.ones(1, 1, length, 64), torch.randn(1, 1, length, 64)).cuda()
+    made[f"RoPE of neighbours {batch} x {length}, {heads} + {kv_heads} heads of 128"] = {
+        "plain": lambda q, k, cos=cos, sin=sin: rotate_neighbours(q, k, cos, sin),
+        "ours": lambda q, k, cos=cos, sin=sin: ops.rope_pair(q, k, cos, sin, layout="neighbours"),
+        "liger": None,
+        "operands": operands,
+        "bytes": (4 * size, 4 * size),
+    }
+    made[f"RoPE of complex numbers {batch} x {length}, {heads} + {kv_heads} heads of 128"] = {
+        "plain": lambda q, k, freqs=freqs: rotate_complex(q, k, freqs),
+        "ours": lambda q, k, freqs=freqs: ops.complex_rope_pair(q, k, freqs),
+        "liger": None,
+        "operands": operands,
+        "bytes": (4 * size, 4 * size),
+    }
     for classes, width, tokens, kind in (
         *((128256, 4096, 8192, ""), (128256, 4096, 8192, " of one kind"), (128256, 4096, 8192, ", float32")),
         *((151936, 1024, TOKENS, ""), (32000, 4096, TOKENS, ""), (32000, 4096, TOKENS, ", float32")),
