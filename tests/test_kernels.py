@@ -337,6 +337,28 @@ def test_rope_at_size(dtype, heads, kv_heads, width, rotated):
 
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("way", WAYS, ids=lambda w: "-".join(map(str, w)))
+@pytest.mark.parametrize("heads, kv_heads, width, rotated", [(32, 8, 128, 128), (16, 1, 256, 64), (12, 12, 80, 40)])
+def test_rope_of_other_pairs_at_size(dtype, way, heads, kv_heads, width, rotated):
+    q, k = real(dtype, 2, 2048, heads, width).transpose(1, 2), real(dtype, 2, 2048, kv_heads, width).transpose(1, 2)
+    cos, sin = (real(dtype, 1, 1, 2048, rotated // 2 if way[2] else rotated) for _ in range(2))
+    dense = import_module("liger_compile.ops.rope")._dense_strides
+    compare(ROPE_PAIR, (q, k, cos, sin, False, False, True, *way), 4096)
+    gradients = real(dtype, *q.shape), real(dtype, *k.shape)
+    compare(ROPE_PAIR_BACKWARD, (*gradients, cos, sin, dense(q), dense(k), dtype, False, *way), 4096)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_complex_rope_at_size(dtype):
+    q, k = real(dtype, 2, 2048, 32, 128), real(dtype, 2, 2048, 8, 128)
+    cos, sin = torch.view_as_real(torch.polar(torch.ones(2048, 1, 64), torch.randn(2048, 1, 64)).cuda()).unbind(-1)
+    how = (True, False, False, "neighbours", False, True)
+    compare(ROPE_PAIR, (q, k, cos, sin, *how), 4096)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocabulary, peak", [(128256, 1.0), (151936, 8.0), (32003, 3.0), (50257, 20.0)])
 def test_cross_entropy_rows_at_size(dtype, vocabulary, peak):
     logits = real(dtype, 512, vocabulary) * peak
@@ -406,9 +428,11 @@ def test_more_than_two_to_the_31_elements():
     del dx
     cos = real(torch.bfloat16, n, 128)
     heads = x.view(n, 32, 128)
-    y = ROPE[0](heads, cos[:, None], cos[:, None])
-    compare_tail(y, ROPE[1](heads[tail], cos[tail, None], cos[tail, None]))
-    del y
+    for layout in ("halves", "neighbours"):
+        how = (False, False, False, layout)
+        y = ROPE[0](heads, cos[:, None], cos[:, None], *how)
+        compare_tail(y, ROPE[1](heads[tail], cos[tail, None], cos[tail, None], *how))
+        del y
     target = torch.randint(0, 4096, (n,), device="cuda")
     expected, _, _ = ROWS[1](x[tail].clone(), target[tail], None, -100, Transform(), False)
     losses, _, _ = ROWS[0](x, target, None, -100, Transform(), True)

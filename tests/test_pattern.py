@@ -171,6 +171,18 @@ def view_to_a_size(x):
     return x.view(-1, 3).exp()
 
 
+def flattened_from_the_front(x):
+    return x.flatten(1).exp()
+
+
+def unflattened_in_threes(x):
+    return x.unflatten(-1, (-1, 3)).exp()
+
+
+def complex_of_anything(x):
+    return torch.view_as_real(torch.view_as_complex(x.exp()) * 2)
+
+
 def raises(x):
     raise KeyError("unheard of")
 
@@ -252,6 +264,9 @@ REFUSED = [
     (tensor_made_of_a_size, one, {}, r"makes a tensor with arange; make it a parameter"),
     (no_such_method, one, {}, r"uses \.exponential_linear, which torch\.Tensor does not have"),
     (view_to_a_size, one, {}, r"a shape that a pattern cannot know"),
+    (flattened_from_the_front, one, {}, r"flattens dimensions that a pattern cannot know.*use flatten\(-2\)"),
+    (unflattened_in_threes, one, {}, r"a shape that a pattern cannot know.*use unflatten\(-1, \(-1, 2\)\)"),
+    (complex_of_anything, one, {}, r"complex numbers of an unknown shape.*use x\.unflatten\(-1, \(-1, 2\)\)"),
     (raises, one, {}, r"cannot be traced: KeyError: 'unheard of'"),
     (returns_nothing, one, {}, r"must return a tensor, or a tuple of tensors, not None"),
     (returns_a_dictionary, one, {}, r"must return a tensor, .*not \{'y': exp\(x\)\}"),
@@ -315,6 +330,48 @@ def test_the_decorator_refuses_too(registered):
 
 
 # ---- accepted -----------------------------------------------------------------------------------------------------
+
+
+def swapped(x):
+    half = x.shape[-1] // 2
+    return torch.cat((x[..., half:].sin(), x[..., :half]), -1)
+
+
+def swapped_neighbours(x):
+    return torch.stack((x[..., 1::2].sin(), x[..., 0::2]), -1).flatten(-2)
+
+
+def joined(x):
+    return x.unflatten(-1, (-1, 2)).exp().flatten(-2)
+
+
+def by_views(x):
+    pairs = x.view(*x.shape[:-1], -1, 2)
+    return torch.stack((pairs[..., 1].sin(), pairs[..., 0]), -1).view(x.shape), pairs.exp().reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    "pattern, function, times",
+    [
+        (swapped, lambda x: swapped(x), 1),
+        (swapped, lambda x: swapped(x[..., 2:10]) * x[..., 2:10], 1),
+        (swapped, lambda x: swapped(x[..., 2:10][..., 1:7]) + x[..., 3:9], 1),
+        (swapped, lambda x: torch.cat((x[..., 5:9].sin(), x[..., 2:6]), -1) * x[..., 2:10], 0),  # halves that overlap
+        (swapped, lambda x: torch.cat((x[..., 6:10].sin(), x[..., 2:6]), -1), 0),  # the slice is nowhere in the graph
+        (swapped_neighbours, lambda x: swapped_neighbours(x[..., 1:9]) * x[..., 1:9], 1),
+        (swapped_neighbours, lambda x: torch.stack((x[..., 1:11:2].sin(), x[..., 0:10:2]), -1).flatten(-2), 0),
+        (swapped_neighbours, lambda x: by_views(x)[0], 1),
+        (swapped_neighbours, lambda x: by_views(x.view(3, 2, 2, 6))[0], 1),
+        (joined, lambda x: by_views(x)[1], 1),
+    ],
+)
+def test_slices_of_slices(pattern, function, times):
+    made = make_pattern(pattern, lambda x: pattern(x))
+    x = torch.randn(3, 2, 12)
+    report = rewrite(capture(function, x), Options(patterns=(made,), enable=(pattern.__name__,)))
+    assert report.counts.get(pattern.__name__, 0) == times, report.graphs[0].before.code
+    (result,) = report.graphs[0].after(x)
+    assert torch.equal(result, function(x))
 
 
 def double(x, w):
