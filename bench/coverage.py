@@ -78,7 +78,8 @@ def is_norm(node: fx.Node) -> bool:
 def is_rotation(node: fx.Node) -> bool:
     """Halves or neighbours put together with one of them negated, or pairs multiplied as complex numbers."""
     if op(node) == "view_as_real":
-        return op(origin(node.args[0])) == "mul"
+        product = origin(node.args[0])
+        return op(product) == "mul" and "view_as_complex" in map(op, map(origin, product.args))
     if op(node) not in ("cat", "stack"):
         return False
     parts = [origin(p) for p in node.args[0]]
