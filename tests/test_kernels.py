@@ -28,6 +28,9 @@ def pair(module, kernel, reference, kernel_module=None):
 
 RMS = pair("rms_norm", "forward", "_reference")
 RMS_BACKWARD = pair("rms_norm", "backward", "_backward_reference")
+ADD_RMS = pair("rms_norm", "add_forward", "_add_reference")
+RMS_ADD = pair("rms_norm", "forward_add", "_added_reference")
+RMS_BACKWARD_ADD = pair("rms_norm", "backward_add", "_backward_add_reference")
 GLU = pair("glu", "forward", "_reference")
 GLU_BACKWARD = pair("glu", "backward", "_backward_reference")
 PACKED = pair("glu", "packed_forward", "_packed_reference")
@@ -104,6 +107,32 @@ def test_rms_norm(dtype, rounding):
                 *x.shape,
             )
             compare(RMS_BACKWARD, (dy, x, w, 1e-6, offset, rounding, w is not None), scatter_rows=1)
+
+
+def summed_gradients(functions, count):
+    """`backward_add` of `count` gradients, as a function of tensors alone."""
+    return tuple(lambda *args, f=f: f(list(args[:count]), *args[count:]) for f in functions)
+
+
+def compare_with_residual(dtype, shape, rounding, offset, rows):
+    x, w, residual = (small(dtype, *s) for s in (shape, shape[-1:], shape))
+    for function in (ADD_RMS, RMS_ADD):
+        compare(function, (x, residual, w, 1e-6, offset, rounding), rows)
+    for count, dresidual, need_dweight, again in (
+        (1, None, True, True),
+        (2, residual, True, False),
+        (3, residual, False, True),
+    ):
+        dys = [small(dtype, *shape) for _ in range(count)]
+        how = (x, w, dresidual, 1e-6, offset, rounding, need_dweight, again)
+        compare(summed_gradients(RMS_BACKWARD_ADD, count), (*dys, *how), rows)
+
+
+@pytest.mark.parametrize("rounding, offset", [("normed", 0.0), ("result", 1.0), ("factor", 0.0)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm_with_a_residual(dtype, rounding, offset):
+    for shape in ((5, 96), (2, 3, 33)):
+        compare_with_residual(dtype, shape, rounding, offset, 1)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
@@ -263,6 +292,14 @@ def test_rms_norm_at_size(dtype, rows, width):
     for rounding, offset in (("normed", 0.0), ("result", 1.0)):
         compare(RMS, (x, w, 1e-6, offset, rounding), rows)
         compare(RMS_BACKWARD, (dy, x, w, 1e-6, offset, rounding, True), rows)
+
+
+@gpu
+@pytest.mark.parametrize("rows, width", [(16384, 4096), (16384, 1024), (2048, 16384), (4095, 5119), (300, 65536)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm_with_a_residual_at_size(dtype, rows, width):
+    for rounding, offset in (("normed", 0.0), ("result", 1.0)):
+        compare_with_residual(dtype, (rows, width), rounding, offset, rows)
 
 
 @gpu

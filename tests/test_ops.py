@@ -63,6 +63,22 @@ SAMPLES = {
         lambda: ((fixed(4, 8), fixed(4, 8), fixed(8), 1e-6, 1.0, "result", False), {}),
         lambda: ((fixed(4, 8), fixed(8, 4).t(), None, 1e-6, 0.0, "factor", False), {}),
     ],
+    "add_rms_norm": [
+        lambda: ((fixed(4, 8), fixed(4, 8), fixed(8), 1e-6, 0.0, "normed"), {}),
+        lambda: ((half(2, 3, 8, grad=False), half(2, 3, 8, grad=False), fixed(8), 1e-6, 1.0, "factor"), {}),
+        lambda: ((fixed(0, 8), fixed(0, 8), None, 1e-6, 0.0, "result"), {}),
+    ],
+    "rms_norm_add": [
+        lambda: ((fixed(4, 8), fixed(4, 8), fixed(8), 1e-6, 0.0, "normed"), {}),
+        lambda: ((half(2, 3, 8, grad=False), fixed(2, 3, 8), fixed(8), 1e-6, 1.0, "normed"), {}),
+        lambda: ((fixed(0, 8), fixed(0, 8), None, 1e-6, 0.0, "result"), {}),
+    ],
+    "rms_norm_backward_add": [
+        lambda: (([fixed(4, 8)], fixed(4, 8), fixed(8), None, 1e-6, 0.0, "normed", True, True), {}),
+        lambda: (([fixed(4, 8)] * 3, fixed(4, 8), fixed(8), fixed(4, 8), 1e-6, 1.0, "result", False, False), {}),
+        lambda: (([fixed(4, 8)] * 2, fixed(4, 8), None, fixed(4, 8), 1e-6, 0.0, "factor", False, True), {}),
+        lambda: (([fixed(0, 8)], fixed(0, 8), fixed(8), None, 1e-6, 0.0, "normed", True, True), {}),
+    ],
     "masked_attention": [
         lambda: ((some(2, 4, 5, 8), some(2, 2, 7, 8), some(2, 2, 7, 8), torch.rand(2, 1, 5, 7) > 0.3), {}),
         lambda: ((some(2, 2, 5, 8), fixed(2, 2, 5, 8), some(2, 2, 5, 8)), {"seen": "q - k >= 0", "scale": 0.3}),
@@ -232,6 +248,22 @@ ERRORS = [
     (lambda: ops.rms_norm(some(4, 8), some(7), 1e-6), r"rms_norm: weight has shape \(7,\), x needs \[8\]"),
     (lambda: ops.rms_norm(some(4, 8), some(4, 8), 1e-6), r"rms_norm: weight has shape \(4, 8\), x needs \[8\]"),
     (lambda: ops.rms_norm(some(4, 8), some(8), 1e-6, 0.0, "late"), r"rounding is one of .*'normed'.*, not 'late'"),
+    (
+        lambda: OPS.add_rms_norm(fixed(4, 8), fixed(8, 4).t(), fixed(8), 1e-6, 0.0, "normed"),
+        "rms_norm: tensors that are added must be contiguous and of one shape",
+    ),
+    (
+        lambda: OPS.add_rms_norm(fixed(4, 8), half(4, 8, grad=False), fixed(8), 1e-6, 0.0, "normed"),
+        r"x is torch\.float32 and the residual torch\.bfloat16; they must be alike",
+    ),
+    (
+        lambda: OPS.rms_norm_add(fixed(4, 8), half(4, 8, grad=False), fixed(8), 1e-6, 0.0, "normed"),
+        r"the norm is torch\.float32 and the residual torch\.bfloat16; they must be alike",
+    ),
+    (
+        lambda: OPS.rms_norm_backward_add([], fixed(4, 8), None, None, 1e-6, 0.0, "normed", False, False),
+        r"dy is one to three tensors of a dtype, not \[\]",
+    ),
     (lambda: ops.glu(some(4, 8), some(4, 7)), r"glu: gate .*\(4, 8\) and up .*\(4, 7\) must be alike"),
     (lambda: ops.glu(some(4, 8), half(4, 8)), r"glu: gate torch\.float32.* and up torch\.bfloat16.* must be alike"),
     (lambda: ops.glu(some(4, 8), some(4, 8), "relu"), r"activation is one of .*'silu'.*, not 'relu'"),
