@@ -1,9 +1,9 @@
-"""Ops and their neighbours in one: a norm with the residual sum beside it, a gradient with what is made again for it.
+"""Our ops and their neighbours in one: a norm with the residual sum beside it, a gradient with what is made again.
 
-This happens in the ATen graphs that AOTAutograd has split into forward and backward, before Inductor compiles them. What
-the backward keeps is settled there, so that a fusion cannot change it: matched before, a sum and its norm would be one
-op, which the partitioner could only keep or compute again as a whole. It is also after every spelling has become one of
-our ops, so that a rule is about two or three nodes, whatever the model looks like.
+This happens in the ATen graphs that AOTAutograd has split into forward and backward, before Inductor compiles them.
+What the backward keeps is settled there, so that a fusion cannot change it: matched before, a sum and its norm would be
+one op, which the partitioner could only keep or compute again as a whole. Also, every spelling has become one of our
+ops by then, so that a rule is about two or three nodes, whatever the model looks like.
 
 A fusion is made where it saves reads and writes of memory: what it takes is in memory anyway.
 """
@@ -29,7 +29,7 @@ PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.
 
 Rule = Callable[[fx.Node], bool]
 RULES: list[tuple[str, Any, Rule]] = []
-"""(what is fused, the op that it is looked for at, whether it was fused there), in the order in which they are tried."""
+"""(what is fused, the op that it is looked for at, the function that fuses it there), in the order they are tried."""
 
 
 def rule(name: str, *targets: Any) -> Callable[[Rule], Rule]:
@@ -288,7 +288,7 @@ def _norm_of(node: fx.Node) -> fx.Node | None:
 
 
 def _norm_gradient_of(node: fx.Node | None) -> fx.Node | None:
-    """The gradient of a norm that is made of a node, its only use. A permutation in between is made one of its result."""
+    """The gradient of a norm that is made of a node, its only use. A permutation of that is made one of the result."""
     user = None if node is None else _only_user(node)
     dims = None if user is None else _dims(user)
     backward = user if dims is None else _only_user(user)

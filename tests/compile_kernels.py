@@ -54,6 +54,9 @@ def main() -> None:
         for rounding in ("normed", "result", "factor"):
             rms_norm.forward(x, w, 1e-6, 1.0, rounding)
             rms_norm.backward(x, x, w, 1e-6, 1.0, rounding, True)
+            rms_norm.add_forward(x, x, w, 1e-6, 1.0, rounding)
+            rms_norm.forward_add(x, x, w, 1e-6, 1.0, rounding)
+            rms_norm.backward_add([x, x, x], x, w, x, 1e-6, 1.0, rounding, True, True)
         wide = torch.randn(4, 16384).to(dtype)
         rms_norm.backward(wide, wide, wide[0], 1e-6, 0.0, "normed", True)
         scale.scaled(torch.randn(16, 256), torch.ones(()), x)

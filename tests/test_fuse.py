@@ -1,4 +1,4 @@
-"""Fusions in the graphs that AOTAutograd has split: that they are made, what they compute, where they must not be made."""
+"""Fusions in the graphs that AOTAutograd has split: that they are made, what they compute, where they are not made."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ def _forward(
 ):
     """y = normalised x, scaled. Per element: x read once, y written once; the row stays in registers in between.
 
-    With a residual r: h = x + r is normalised, and written too; per element two reads and two writes. If ADD_AFTER, r is
-    added to what would have been y: two reads, one write. r and h are of the layout of x and y.
+    With a residual r: h = x + r is normalised, and written too; per element two reads and two writes. If ADD_AFTER, r
+    is added to what would have been y: two reads, one write. r and h are of the layout of x and y.
 
     A tile is BLOCK_ROWS whole rows: one for wide rows, and for narrow ones (64 to 256 per head) as many as make 2048
     elements: vectors of 16 bytes for each of four warps, and enough programs on a multiprocessor to hide latency.

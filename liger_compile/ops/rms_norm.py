@@ -15,8 +15,8 @@ With a residual, for graphs whose gradients are there already (`fuse.py`); all t
 
 `add_rms_norm(x, residual, weight, eps, offset, rounding) -> (y, h)`: h = x + residual, in their dtype; y is its norm.
 `rms_norm_add(x, residual, weight, eps, offset, rounding) -> h`: residual + the norm of x, which has residual's dtype.
-`rms_norm_backward_add(dy, x, weight, dresidual, eps, offset, rounding, need_dweight, again) -> (dx, dweight, y)`: of the
-sum of dy, one to three tensors; dresidual, if there is one, is added to dx; y is the norm of x if `again`, else empty.
+`rms_norm_backward_add(dy, x, weight, dresidual, eps, offset, rounding, need_dweight, again) -> (dx, dweight, y)`: of
+the sum of dy, one to three tensors; dresidual, if not None, is added to dx; y is the norm of x if `again`, else empty.
 
 Formula: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019 (arXiv:1910.07467).
 """
