@@ -15,7 +15,16 @@ TARGET = GPUTarget("cuda", 90, 32)
 KERNELS = {
     *("_forward", "_backward", "_total", "_rope", "_rows", "_row_gradients", "_scaled", "_gather", "_exponentials"),
     *("_finish", "_dlogits", "_weighted", "_gradients", "_summed", "_column_sums", "_label_sums"),
-    *("_whole_dhidden", "_whole_dweight", "_columns", "_add_product", "_runs", "_long_runs"),
+    *(
+        "_whole_dhidden",
+        "_whole_dweight",
+        "_columns",
+        "_add_product",
+        "_runs",
+        "_long_runs",
+        "_norm_rope",
+        "_norm_rope_backward",
+    ),
 }
 """Those that must have been compiled."""
 
@@ -46,9 +55,9 @@ def main() -> None:
         return launch
 
     JITFunction.__getitem__ = compile_only
-    names = "rms_norm", "glu", "rope", "cross_entropy", "scale", "embedding", "loss_products", "loss_rows"
+    names = "rms_norm", "norm_rope", "glu", "rope", "cross_entropy", "scale", "embedding", "loss_products", "loss_rows"
     kernels = (import_module(f"liger_compile.kernels.{name}") for name in names)
-    rms_norm, glu, rope, cross_entropy, scale, embedding, *_ = kernels
+    rms_norm, norm_rope, glu, rope, cross_entropy, scale, embedding, *_ = kernels
     for dtype in (torch.bfloat16, torch.float32):
         x, w = torch.randn(16, 256).to(dtype), torch.randn(256).to(dtype)
         for rounding in ("normed", "result", "factor"):
@@ -67,6 +76,11 @@ def main() -> None:
         q, cos = torch.randn(2, 8, 16, 64).to(dtype), torch.randn(16, 64).to(dtype)
         rope.pair_forward(q, q[:, :2], cos, cos)
         rope.backward(q, cos[:, :32], cos[:, :32], list(q.stride()), dtype, True)
+        for rounding in ("normed", "result", "factor"):
+            for k, weights in ((q[:, :2], (w[:64], w[:64])), (None, (None, None))):
+                how = (*weights, cos[:, :32], cos[:, :32], 1e-6, 1.0, rounding, False)
+                norm_rope.forward(q, k, *how, False, True)
+                norm_rope.backward(q, k, q, k, *how, weights[0] is not None)
         embedding.backward(x[:, :64], torch.zeros(x.shape[0]).int(), torch.zeros(x.shape[0]).long(), x[:, :64])
         target = torch.zeros(16, dtype=torch.int64)
         given, logits = torch.rand(16), torch.randn(16, 9000).to(dtype)

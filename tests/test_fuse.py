@@ -10,6 +10,7 @@ import torch
 from helpers import Accuracy, relative_error, rewritten
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from liger_compile import backend, fuse
@@ -33,6 +34,7 @@ def compiled(function, made=None):
         fw_compiler=functools.partial(compiler, name="forward"),
         bw_compiler=functools.partial(compiler, name="backward"),
         partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
     )
     torch._dynamo.reset()
     return torch.compile(function, backend=rewritten(backend=aot), fullgraph=True)
@@ -152,6 +154,49 @@ def test_a_norm_that_its_gradient_hangs_on_is_not_made_by_it():
     assert sum(n.target is OPS.rms_norm_forward.default for n in gm.graph.nodes) == 1
     for ours, plain in zip(gm(*operands), gradients(*operands), strict=True):
         assert relative_error(ours, plain) < 1e-6
+
+
+def rotate(x, cos, sin):
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+def heads(x, a, wq, wk, cos, sin, layout="heads first", k_eps=1e-6, reused=False):
+    """q and k of one product, normed by head and rotated."""
+    q, k = (x @ a).unflatten(-1, (4, 8)).split((3, 1), 2)
+    q, k = norm(q, wq), norm(k, wk, k_eps)
+    if layout == "heads first":
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    else:
+        cos, sin = cos[:, None], sin[:, None]
+    rest = q.sum() if reused else 0
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    return q + rest, k
+
+
+ROTATED = (2, 5, 16), (16, 32), (8,), (8,)
+ROPE, ROPE_GRADIENT = "RMSNorm + RoPE", "RMSNorm + RoPE, gradient"
+
+
+@pytest.mark.parametrize("layout", ["heads first", "tokens first"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads(dtype, layout):
+    cos, sin = some(2, 5, 8, dtype=dtype)
+    operands = [some(*s, dtype=dtype) for s in ROTATED]
+    function = lambda *o: heads(*o, *(a.to(o[0].dtype) for a in (cos, sin)), layout)  # noqa: E731
+    assert fusions(function, *operands) == ({ROPE: 1}, {ROPE_GRADIENT: 1})
+
+
+def test_heads_with_an_epsilon_of_their_own_are_not_fused():
+    cos, sin = some(2, 5, 8)
+    function = lambda *o: heads(*o, *(a.to(o[0].dtype) for a in (cos, sin)), k_eps=1e-3)  # noqa: E731
+    assert fusions(function, *(some(*s) for s in ROTATED)) == ({}, {})
+
+
+def test_heads_whose_norm_is_used_again_are_not_fused():
+    cos, sin = some(2, 5, 8)
+    function = lambda *o: heads(*o, *(a.to(o[0].dtype) for a in (cos, sin)), reused=True)  # noqa: E731
+    assert fusions(function, *(some(*s) for s in ROTATED)) == ({}, {})
 
 
 @pytest.mark.parametrize(

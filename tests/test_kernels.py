@@ -38,6 +38,8 @@ PACKED_BACKWARD = pair("glu", "packed_backward", "_packed_backward_reference")
 ROPE = pair("rope", "forward", "_reference")
 ROPE_PAIR = pair("rope", "pair_forward", "_pair_reference")
 ROPE_PAIR_BACKWARD = pair("rope", "pair_backward", "_pair_backward_reference")
+NORM_ROPE = pair("norm_rope", "forward", "_reference")
+NORM_ROPE_BACKWARD = pair("norm_rope", "backward", "_backward_reference")
 ROWS = pair("chunked_loss", "rows", "_reference_rows", "cross_entropy")
 ROW_GRADIENTS = pair("chunked_loss", "row_gradients", "_reference_row_gradients", "cross_entropy")
 
@@ -178,6 +180,38 @@ def test_rope(dtype, layout):
         gradients = small(torch.float32 if wide else dtype, *q.shape), small(dtype, *k.shape)
         compare(ROPE_PAIR_BACKWARD, (*gradients, c, s, dense(q), dense(k), dtype, upcast), scatter_rows=1)
     compare(ROPE, (q, cos, cos, False, False, False), scatter_rows=1)
+
+
+def compare_norm_rope(q, k, cos, weight, rounding, offset, how, gradients, rows):
+    """Forward and backward. `weight` is the weights' dtype, None for no weights; `how`: upcast, promote, contiguous."""
+    upcast, promote, contiguous = how
+    sin = torch.randn_like(cos)
+    weights = [None] * 2 if weight is None else [torch.randn_like(x[0, 0, 0]).to(weight) for x in (q, q)]
+    if k is None:
+        weights[1] = None
+    norm = (1e-6, offset, rounding)
+    compare(NORM_ROPE, (q, k, *weights, cos, sin, *norm, upcast, promote, contiguous), rows)
+    dtype = NORM_ROPE[1](q, k, *weights, cos, sin, *norm, upcast, promote, contiguous)[0].dtype
+    dys = [None if x is None else gradients(torch.randn_like(x).to(dtype)) for x in (q, k)]
+    for need in {weight is not None, False}:
+        compare(NORM_ROPE_BACKWARD, (*dys, q, k, *weights, cos, sin, *norm, upcast, need), rows)
+
+
+@pytest.mark.parametrize("rounding, offset", [("normed", 0.0), ("result", 1.0), ("factor", 0.0)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_rope(dtype, rounding, offset):
+    packed = small(dtype, 2, 5, 3 + 1 + 1, 16).transpose(1, 2)  # as of one product for q, k and v
+    q, k = packed[:, :3], packed[:, 3:4]
+    apart = small(dtype, 2, 5, 3, 16).transpose(1, 2)
+    same, plain = (lambda d: d), (False, False, False)
+    cases = [
+        (q, k, small(dtype, 1, 1, 5, 16), dtype, plain, same),
+        (apart, k.contiguous(), small(dtype, 2, 1, 5, 6), dtype, (False, False, True), lambda d: d.contiguous()),
+        (apart, None, small(dtype, 5, 16), None, (True, False, False), same),
+        (q, k, small(torch.float32, 1, 1, 5, 16), torch.float32, (False, True, False), same),
+    ]
+    for q, k, cos, weight, how, gradients in cases:
+        compare_norm_rope(q, k, cos, weight, rounding, offset, how, gradients, 1)
 
 
 TRANSFORMS = [
@@ -334,6 +368,19 @@ def test_rope_at_size(dtype, heads, kv_heads, width, rotated):
     compare(ROPE_PAIR, (q, k, cos, sin, False, False, rotated < width), 8192)
     gradients = real(dtype, *q.shape), real(dtype, *k.shape)
     compare(ROPE_PAIR_BACKWARD, (*gradients, cos, sin, dense(q), dense(k), dtype, False), 8192)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    "heads, kv_heads, width, rotated", [(16, 8, 128, 128), (40, 8, 128, 128), (8, 4, 256, 256), (12, 1, 96, 48)]
+)
+def test_norm_rope_at_size(dtype, heads, kv_heads, width, rotated):
+    q, k = (real(dtype, 2, 4096, n, width).transpose(1, 2) for n in (heads, kv_heads))
+    cos = real(dtype, 1, 1, 4096, rotated)
+    for rounding, offset in (("normed", 0.0), ("result", 1.0)):
+        how = (False, False, rotated < width)
+        compare_norm_rope(q, k, cos, dtype, rounding, offset, how, lambda d: d.contiguous(), 8192)
 
 
 @gpu

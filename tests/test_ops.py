@@ -40,6 +40,12 @@ def transposed(*shape):
     return fixed(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2).requires_grad_()
 
 
+def norm_rope(k=True, rows=5):
+    """q, k, their weights, cos and sin, of three heads and one."""
+    q, keys = fixed(2, rows, 3, 8).transpose(1, 2), fixed(2, rows, 1, 8).transpose(1, 2)
+    return q, keys if k else None, fixed(8), fixed(8) if k else None, fixed(rows, 6), fixed(rows, 6)
+
+
 TRANSFORM = (None, -100, 0.5, 3.0, 2.0, True, 0.0)
 PLAIN = (None, -100, 1.0, 1.0, 0.0, False, 0.0)
 ALL = (True, True, True)
@@ -78,6 +84,16 @@ SAMPLES = {
         lambda: (([fixed(4, 8)] * 3, fixed(4, 8), fixed(8), fixed(4, 8), 1e-6, 1.0, "result", False, False), {}),
         lambda: (([fixed(4, 8)] * 2, fixed(4, 8), None, fixed(4, 8), 1e-6, 0.0, "factor", False, True), {}),
         lambda: (([fixed(0, 8)], fixed(0, 8), fixed(8), None, 1e-6, 0.0, "normed", True, True), {}),
+    ],
+    "norm_rope": [
+        lambda: ((*norm_rope(), 1e-6, 0.0, "normed", False, False, False), {}),
+        lambda: ((*norm_rope(k=False), 1e-6, 1.0, "result", True, True, True), {}),
+        lambda: ((*norm_rope(rows=0), 1e-6, 0.0, "factor", False, False, False), {}),
+    ],
+    "norm_rope_backward": [
+        lambda: ((*norm_rope()[:2], *norm_rope(), 1e-6, 0.0, "normed", False, True), {}),
+        lambda: ((*norm_rope(k=False)[:2], *norm_rope(k=False), 1e-6, 1.0, "result", True, False), {}),
+        lambda: ((*norm_rope(rows=0)[:2], *norm_rope(rows=0), 1e-6, 0.0, "factor", False, True), {}),
     ],
     "masked_attention": [
         lambda: ((some(2, 4, 5, 8), some(2, 2, 7, 8), some(2, 2, 7, 8), torch.rand(2, 1, 5, 7) > 0.3), {}),

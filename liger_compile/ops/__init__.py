@@ -4,6 +4,7 @@ Each has a fake implementation, a registered autograd formula, Triton kernels on
 every other device. They can also be called directly: `liger_compile.ops.rms_norm(x, weight, 1e-6)`.
 """
 
+from . import norm_rope as _norm_rope  # noqa: F401  (for `fuse.py`)
 from .embedding import embedding
 from .glu import glu, packed_glu
 from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_lse
