@@ -274,6 +274,29 @@ for _name in ("sqrt", "rsqrt", "exp", "tanh", "sigmoid", "silu", "relu", "softpl
 RULES["swish"] = RULES["silu"]
 
 
+@rule("clamp", "clip")
+def clamp(c: Call, x: Term, min: Any = None, max: Any = None) -> Term:
+    if _is_tensor(min) or _is_tensor(max):
+        raise NotCanonical("has bounds that are tensors")
+    min, max = None if same(min, -math.inf) else min, None if same(max, math.inf) else max
+    if min is None and max is None:
+        return x  # clamp(x, -inf, inf) -> x
+    opposite = min.args[0] if isinstance(min, Term) and min.op == "neg" else None
+    if same(-min, max) if isinstance(min, (int, float)) else opposite is not None and opposite is max:
+        min = "-max"  # clamp(x, -3, 3) -> the same in a pattern that does not know the number
+    return elementwise(c, "clamp", x, min, max)
+
+
+@rule("clamp_min")
+def _clamp_min(c: Call, x: Term, min: Any) -> Term:
+    return clamp(c, x, min)
+
+
+@rule("clamp_max")
+def _clamp_max(c: Call, x: Term, max: Any) -> Term:
+    return clamp(c, x, None, max)
+
+
 @rule("gelu")
 def _gelu(c: Call, x: Term, approximate: str = "none") -> Term:
     return elementwise(c, "gelu", x, approximate)
@@ -387,9 +410,7 @@ def select(c: Call, x: Term, dim: int, index: Any) -> Term:
                 k, d = shape[-2:]
                 if dim == -2:  # x.view(.., k, d)[..., i, :] -> x[..., i*d:(i+1)*d]
                     return slice_(c, whole, -1, index * d, (index + 1) * d)
-                return slice_(
-                    c, whole, -1, index, (k - 1) * d + index + 1, d
-                )  # x.view(.., k, d)[..., i] -> x[..., i::d]
+                return slice_(c, whole, -1, index, k * d, d)  # x.view(.., k, d)[..., i] -> x[..., i::d]
     shape = None if x.shape is None else (*x.shape[:dim], *x.shape[len(x.shape) + dim + 1 :])
     return c.step("select", x, dim, index, dtype=x.dtype, shape=shape)
 

@@ -106,20 +106,52 @@ def test_rms_norm(dtype, rounding):
             compare(RMS_BACKWARD, (dy, x, w, 1e-6, offset, rounding, w is not None), scatter_rows=1)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+UNITS = {
+    "silu": ("silu",),
+    "gelu": ("gelu",),
+    "gelu_tanh": ("gelu_tanh",),
+    "relu": ("relu",),
+    "relu2": ("relu2",),
+    "scaled": ("silu", 0.7),
+    "clamped": ("silu", 1.0, 0.9),
+    "clamped, shifted": ("silu", 1.0, 0.9, 1.702, 1.0),
+    "everything": ("relu2", -1.3, 0.9, 1.0, 0.5),
+}
+"""Gated linear units by the arguments behind the operands, but for those of packing."""
+
+
+@pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_glu(dtype, activation):
+def test_glu(dtype, unit):
     whole = small(dtype, 4, 6, 66)
+    activation, *variant = unit = UNITS[unit]
     for gate, up in (
         (small(dtype, 4, 33), small(dtype, 4, 33)),
         whole.chunk(2, -1),
         (whole.transpose(0, 1), whole.transpose(0, 1)),
     ):
-        compare(GLU, (gate, up, activation), scatter_rows=1)
-        compare(GLU_BACKWARD, (small(dtype, *gate.shape), gate, up, activation), scatter_rows=1)
+        compare(GLU, (gate, up, *unit), scatter_rows=1)
+        compare(GLU_BACKWARD, (small(dtype, *gate.shape), gate, up, *unit), scatter_rows=1)
     for gate_first in (True, False):
-        compare(PACKED, (whole, activation, gate_first), scatter_rows=1)
-        compare(PACKED_BACKWARD, (small(dtype, 4, 6, 33), whole, activation, gate_first), scatter_rows=1)
+        compare(PACKED, (whole, activation, gate_first, *variant), scatter_rows=1)
+        compare(PACKED_BACKWARD, (small(dtype, 4, 6, 33), whole, activation, gate_first, *variant), scatter_rows=1)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_interleaved_glu(dtype, unit):
+    activation, *variant = UNITS[unit]
+    variant += [*[1.0, None, 1.0, 0.0][len(variant) :], True]
+    for x in (
+        small(dtype, 4, 6, 66),
+        small(dtype, 3, 4100),  # more than a block
+        small(dtype, 4, 66, 6).transpose(1, 2),
+        small(dtype, 4, 6, 70)[..., 2:-2],
+    ):
+        dy = small(dtype, *x.shape[:-1], x.shape[-1] // 2)
+        for gate_first in (True, False):
+            compare(PACKED, (x, activation, gate_first, *variant), scatter_rows=1)
+            compare(PACKED_BACKWARD, (dy, x, activation, gate_first, *variant), scatter_rows=1)
 
 
 ROPES = {
@@ -274,15 +306,29 @@ def test_rms_norm_of_heads_at_size(dtype):
 
 
 @gpu
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_glu_at_size(dtype, activation):
+def test_glu_at_size(dtype, unit):
+    activation, *variant = unit = UNITS[unit]
     x = real(dtype, 8192, 2 * 14336 // 4 + 2)
     gate, up = x.chunk(2, -1)
-    compare(GLU, (gate.contiguous(), up.contiguous(), activation), 8192)
-    compare(GLU_BACKWARD, (real(dtype, *gate.shape), gate.contiguous(), up, activation), 8192)
-    compare(PACKED, (x, activation, True), 8192)
-    compare(PACKED_BACKWARD, (real(dtype, *gate.shape), x, activation, False), 8192)
+    compare(GLU, (gate.contiguous(), up.contiguous(), *unit), 8192)
+    compare(GLU_BACKWARD, (real(dtype, *gate.shape), gate.contiguous(), up, *unit), 8192)
+    compare(PACKED, (x, activation, True, *variant), 8192)
+    compare(PACKED_BACKWARD, (real(dtype, *gate.shape), x, activation, False, *variant), 8192)
+
+
+@gpu
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_interleaved_glu_at_size(dtype, unit):
+    activation, *variant = UNITS[unit]
+    variant += [*[1.0, None, 1.0, 0.0][len(variant) :], True]
+    x = real(dtype, 8192, 2 * 2880 + 2)
+    dy = real(dtype, 8192, 2881)
+    for gate_first in (True, False):
+        compare(PACKED, (x, activation, gate_first, *variant), 8192)
+        compare(PACKED_BACKWARD, (dy, x, activation, gate_first, *variant), 8192)
 
 
 @gpu
