@@ -33,8 +33,8 @@ def _tanh(x):
 
 @triton.jit
 def _activate(g, alpha, ACTIVATION: tl.constexpr):
-    """act(g) and its derivative (of relu and relu2, that for positive g) in float32; what the caller does not use is not
-    computed."""
+    """act(g) and its derivative (of relu and relu2, that for positive g) in float32; what the caller does not use is
+    not computed."""
     if ACTIVATION == SILU:
         scaled = tl.cast(alpha, tl.float32) * g
         s = tl.sigmoid(scaled)
@@ -157,7 +157,8 @@ def _backward(
     activated, slope = _activate(gate, alpha, ACTIVATION)
     dgate = dy * up * slope
     dup = dy * activated.to(g.dtype).to(tl.float32)
-    if ACTIVATION == RELU or ACTIVATION == RELU2:  # noqa: SIM109; chosen: a zero also where up is not finite
+    if ACTIVATION == RELU or ACTIVATION == RELU2:  # noqa: SIM109
+        # Chosen, not multiplied: a zero also where up is not finite.
         dgate = tl.where(gate <= 0.0, 0.0, dgate)
     if not PLAIN:
         most = tl.cast(limit, tl.float32)
