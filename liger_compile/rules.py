@@ -597,7 +597,21 @@ def _squeeze(c: Call, x: Term, dim: Any = None) -> Term:
     return _pattern_view(c, x, lambda s: (*s[: len(s) + dim], *s[len(s) + dim + 1 :]))
 
 
-@rule("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "_unsafe_view", "ravel")
+@rule("unflatten")
+def _unflatten(c: Call, x: Term, dim: int, sizes: Any) -> Term:
+    if c.shape is None and dim == -1 and isinstance(sizes, Term):
+        return c.step("reshape", x, sizes, dtype=x.dtype)  # in a pattern, an operand: the whole shape is bound to it
+    return _reshape(c, x)
+
+
+@rule("flatten")
+def _flatten(c: Call, x: Term, start_dim: int = 0, end_dim: int = -1) -> Term:
+    if c.shape is None and (start_dim, end_dim) == (-2, -1):
+        return _pattern_view(c, x, lambda s: (*s[:-2], s[-2] * s[-1]))
+    return _reshape(c, x)
+
+
+@rule("view", "reshape", "view_as", "reshape_as", "_unsafe_view", "ravel")
 def _reshape(c: Call, x: Term, *args: Any, **kwargs: Any) -> Term:
     if any(isinstance(a, torch.dtype) for a in args):
         raise NotCanonical("reinterprets the bits")

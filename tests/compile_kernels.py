@@ -16,6 +16,7 @@ KERNELS = {
     *("_forward", "_backward", "_total", "_rope", "_rows", "_row_gradients", "_scaled", "_gather", "_exponentials"),
     *("_finish", "_dlogits", "_weighted", "_gradients", "_summed", "_column_sums", "_label_sums"),
     *("_whole_dhidden", "_whole_dweight", "_columns", "_add_product", "_runs", "_long_runs"),
+    *("_gated_forward", "_gated_backward"),
 }
 """Those that must have been compiled."""
 
@@ -46,15 +47,29 @@ def main() -> None:
         return launch
 
     JITFunction.__getitem__ = compile_only
-    names = "rms_norm", "glu", "rope", "cross_entropy", "scale", "embedding", "loss_products", "loss_rows"
+    names = (
+        "rms_norm",
+        "gated_rms_norm",
+        "glu",
+        "rope",
+        "cross_entropy",
+        "scale",
+        "embedding",
+        "loss_products",
+        "loss_rows",
+    )
     kernels = (import_module(f"liger_compile.kernels.{name}") for name in names)
-    rms_norm, glu, rope, cross_entropy, scale, embedding, *_ = kernels
+    rms_norm, gated_rms_norm, glu, rope, cross_entropy, scale, embedding, *_ = kernels
     for dtype in (torch.bfloat16, torch.float32):
         x, w = torch.randn(16, 256).to(dtype), torch.randn(256).to(dtype)
         for rounding in ("normed", "result", "factor"):
             rms_norm.forward(x, w, 1e-6, 1.0, rounding)
             rms_norm.backward(x, x, w, 1e-6, 1.0, rounding, True)
         wide = torch.randn(4, 16384).to(dtype)
+        for n in (x, wide):
+            for how in (("silu", False, "normed", None), ("sigmoid", True, "result", [2, n.shape[-1] // 2])):
+                gated_rms_norm.forward(n, n, n[0], 1e-6, *how)
+                gated_rms_norm.backward(n, n, n, n[0], 1e-6, *how, True)
         rms_norm.backward(wide, wide, wide[0], 1e-6, 0.0, "normed", True)
         scale.scaled(torch.randn(16, 256), torch.ones(()), x)
         rms_norm.backward(x, x, None, 1e-6, 0.0, "result", False)

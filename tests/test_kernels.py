@@ -28,6 +28,8 @@ def pair(module, kernel, reference, kernel_module=None):
 
 RMS = pair("rms_norm", "forward", "_reference")
 RMS_BACKWARD = pair("rms_norm", "backward", "_backward_reference")
+GATED = pair("gated_rms_norm", "forward", "_reference")
+GATED_BACKWARD = pair("gated_rms_norm", "backward", "_backward_reference")
 GLU = pair("glu", "forward", "_reference")
 GLU_BACKWARD = pair("glu", "backward", "_backward_reference")
 PACKED = pair("glu", "packed_forward", "_packed_reference")
@@ -104,6 +106,37 @@ def test_rms_norm(dtype, rounding):
                 *x.shape,
             )
             compare(RMS_BACKWARD, (dy, x, w, 1e-6, offset, rounding, w is not None), scatter_rows=1)
+
+
+GATED_NORMS = {
+    "gate last": ("silu", False, "normed"),
+    "gate last, result": ("silu", False, "result"),
+    "sigmoid last, result": ("sigmoid", False, "result"),
+    "gate first": ("silu", True, "normed"),
+    "gate first, result": ("sigmoid", True, "result"),
+}
+
+
+@pytest.mark.parametrize("how", GATED_NORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gated_rms_norm(dtype, how):
+    how = GATED_NORMS[how]
+    for x in layouts(dtype):
+        gate, weight = small(dtype, *x.shape), small(dtype, x.shape[-1])
+        for g, w in ((gate, weight), (gate.float().transpose(0, 1).contiguous().transpose(0, 1), weight.float())):
+            compare(GATED, (x, g, w, 1e-6, *how), scatter_rows=1)
+            wide = how[1:] == (True, "normed") and w.dtype is torch.float32
+            dy = small(torch.float32 if wide else dtype, *x.shape)
+            compare(GATED_BACKWARD, (dy, x, g, w, 1e-6, *how, None, w is weight), scatter_rows=1)
+
+
+@pytest.mark.parametrize("how", ["gate last", "gate first"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gated_rms_norm_of_groups(dtype, how):
+    x, gate, weight = small(dtype, 2, 9, 64)[..., :33], small(dtype, 2, 9, 33), small(dtype, 33)
+    dy = small(dtype, 2, 9, 33)
+    compare(GATED, (x, gate, weight, 1e-6, *GATED_NORMS[how], [3, 11]), scatter_rows=1)
+    compare(GATED_BACKWARD, (dy, x, gate, weight, 1e-6, *GATED_NORMS[how], [3, 11], True), scatter_rows=1)
 
 
 UNITS = {
@@ -303,6 +336,19 @@ def test_rms_norm_of_heads_at_size(dtype):
     x = real(dtype, 8, 2048, 16, 128).transpose(1, 2)
     compare(RMS, (x, real(dtype, 128), 1e-6, 0.0, "normed"), 10**5)
     compare(RMS_BACKWARD, (real(dtype, *x.shape), x, real(dtype, 128), 1e-6, 0.0, "normed", True), 10**5)
+
+
+@gpu
+@pytest.mark.parametrize("how", GATED_NORMS)
+@pytest.mark.parametrize(
+    "rows, width, groups",
+    [(65536, 128, None), (8192, 4096, None), (2048, 16384, None), (4095, 5119, None), (8192, 8192, [8, 1024])],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gated_rms_norm_at_size(dtype, rows, width, groups, how):
+    x, gate, dy, w = real(dtype, rows, width), real(dtype, rows, width), real(dtype, rows, width), real(dtype, width)
+    compare(GATED, (x, gate, w, 1e-6, *GATED_NORMS[how], groups), rows)
+    compare(GATED_BACKWARD, (dy, x, gate, w, 1e-6, *GATED_NORMS[how], groups, True), rows)
 
 
 @gpu

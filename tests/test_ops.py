@@ -63,6 +63,21 @@ SAMPLES = {
         lambda: ((fixed(4, 8), fixed(4, 8), fixed(8), 1e-6, 1.0, "result", False), {}),
         lambda: ((fixed(4, 8), fixed(8, 4).t(), None, 1e-6, 0.0, "factor", False), {}),
     ],
+    "gated_rms_norm": [
+        lambda: ((some(4, 8), some(4, 8), some(8), 1e-6), {}),
+        lambda: ((half(4, 8), some(4, 8), some(8), 1e-6, "sigmoid", True), {}),
+        lambda: ((transposed(2, 3, 8), half(2, 3, 8), half(8), 1e-6, "silu", False, "result"), {"groups": [2, 4]}),
+        lambda: ((fixed(4, 8), fixed(4, 8), some(8), 1e-6), {}),
+        lambda: ((some(4, 8), fixed(4, 8), fixed(8), 1e-6), {"gate_first": True}),
+        lambda: ((some(0, 8), some(0, 8), some(8), 1e-6), {}),
+    ],
+    "gated_rms_norm_backward": [
+        lambda: ((*(fixed(4, 8),) * 3, fixed(8), 1e-6, "silu", False, "normed", None, True), {}),
+        lambda: (
+            (fixed(4, 8), fixed(8, 4).t(), fixed(4, 8), fixed(8), 1e-6, "sigmoid", True, "result", [4, 2], False),
+            {},
+        ),
+    ],
     "masked_attention": [
         lambda: ((some(2, 4, 5, 8), some(2, 2, 7, 8), some(2, 2, 7, 8), torch.rand(2, 1, 5, 7) > 0.3), {}),
         lambda: ((some(2, 2, 5, 8), fixed(2, 2, 5, 8), some(2, 2, 5, 8)), {"seen": "q - k >= 0", "scale": 0.3}),
@@ -214,7 +229,10 @@ SAMPLES = {
 }
 
 
-SAMPLES |= {f"{name}_forward": SAMPLES[name] for name in ("rms_norm", "glu", "packed_glu", "rope", "rope_pair")}
+SAMPLES |= {
+    f"{name}_forward": SAMPLES[name]
+    for name in ("rms_norm", "gated_rms_norm", "glu", "packed_glu", "rope", "rope_pair")
+}
 
 
 def test_every_op_has_samples():
@@ -238,6 +256,14 @@ ERRORS = [
     (lambda: ops.rms_norm(some(4, 8), some(7), 1e-6), r"rms_norm: weight has shape \(7,\), x needs \[8\]"),
     (lambda: ops.rms_norm(some(4, 8), some(4, 8), 1e-6), r"rms_norm: weight has shape \(4, 8\), x needs \[8\]"),
     (lambda: ops.rms_norm(some(4, 8), some(8), 1e-6, 0.0, "late"), r"rounding is one of .*'normed'.*, not 'late'"),
+    (lambda: ops.gated_rms_norm(some(4, 8), some(4, 1), some(8), 1e-6), r"gate has shape \(4, 1\), x needs \(4, 8\)"),
+    (lambda: ops.gated_rms_norm(some(4, 8), some(4, 8), some(4), 1e-6), r"weight has shape \(4,\), x needs \[8\]"),
+    (lambda: ops.gated_rms_norm(some(4, 8), some(4, 8), some(8), 1e-6, "gelu"), r"one of .*'sigmoid'.*, not 'gelu'"),
+    (lambda: ops.gated_rms_norm(some(4, 8), some(4, 8), some(8), 1e-6, rounding="factor"), r"one of .*, not 'factor'"),
+    (
+        lambda: ops.gated_rms_norm(some(4, 8), some(4, 8), some(8), 1e-6, groups=[3, 3]),
+        r"groups \[3, 3\] are not the 8",
+    ),
     (lambda: ops.glu(some(4, 8), some(4, 7)), r"glu: gate .*\(4, 8\) and up .*\(4, 7\) must be alike"),
     (lambda: ops.glu(some(4, 8), half(4, 8)), r"glu: gate torch\.float32.* and up torch\.bfloat16.* must be alike"),
     (lambda: ops.glu(some(4, 8), some(4, 8), "mish"), r"activation is one of .*'silu'.*, not 'mish'"),
@@ -410,6 +436,10 @@ def test_integers_have_no_gradient():
 C = fixed(5, 8)
 TWICE = {
     "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-6), lambda: (some(5, 8), some(8))),
+    "gated_rms_norm": (
+        lambda x, g, w: ops.gated_rms_norm(x, g, w, 1e-6),
+        lambda: (some(5, 8), some(5, 8), some(8)),
+    ),
     "glu": (ops.glu, lambda: (some(5, 8), some(5, 8))),
     "packed_glu": (ops.packed_glu, lambda: (some(5, 8),)),
     "linear_cross_entropy": (lambda h, w: ops.linear_cross_entropy(h, w, None, Y), lambda: (some(4, 8), some(7, 8))),
