@@ -206,8 +206,12 @@ def div(c: Call, x: Any, other: Any, *, rounding_mode: str | None = None) -> Ter
 def reciprocal(c: Call, x: Term) -> Term:
     if x.op == "sqrt":
         return elementwise(c, "rsqrt", x.args[0])  # 1 / sqrt(x) -> rsqrt(x)
-    if x.op == "add" and same(x.args[1], 1) and x.args[0].op == "exp" and x.args[0].args[0].op == "neg":
-        return elementwise(c, "sigmoid", x.args[0].args[0].args[0])  # 1 / (1 + exp(-x)) -> sigmoid(x)
+    if x.op == "add" and same(x.args[1], 1) and x.args[0].op == "exp":
+        power = x.args[0].args[0]
+        if power.op == "neg":
+            return elementwise(c, "sigmoid", power.args[0])  # 1 / (1 + exp(-x)) -> sigmoid(x)
+        if widens(power) and power.args[0].op == "neg":  # 1 / (1 + exp(cast(-x))) -> sigmoid(cast(x))
+            return elementwise(c, "sigmoid", cast(c, power.args[0].args[0], power.args[1]))
     return elementwise(c, "reciprocal", x)
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from liger_compile import ops
 from liger_compile.match import Match
+from liger_compile.patterns.rms_norm import check as check_norm
 from liger_compile.registry import pattern
 from liger_compile.terms import same
 
@@ -17,11 +18,11 @@ def normalize(h, eps):
 
 
 def check(match: Match) -> str | dict[str, Any] | None:
-    x, gate, weight = (match.captures[name] for name in ("x", "gate", "weight"))
+    x, gate = match.captures["x"], match.captures["gate"]
+    if (reason := check_norm(match)) is not None:
+        return reason
     if gate.shape != x.shape:
         return f"the gate {tuple(gate.shape)} and what is normalised {tuple(x.shape)} broadcast"
-    if weight.shape != x.shape[-1:]:
-        return f"weight has shape {tuple(weight.shape)} where the kernel takes [{x.shape[-1]}]"
     parts = match.captures.get("groups")  # the whole shape that x is viewed in
     if parts is not None and not (len(parts) > 1 and same(parts[:-2], x.shape[:-1])):
         return f"normalises {tuple(x.shape)} viewed as {parts}; the kernel takes groups of the last dimension"

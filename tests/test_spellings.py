@@ -161,6 +161,138 @@ def test_rms_norm_module():
     assert report_of(nn.RMSNorm(16, elementwise_affine=False), torch.randn(3, 16)).counts == {"rms_norm": 1}
 
 
+# ---- RMSNorm with a gate ------------------------------------------------------------------------------------------
+
+
+def mean_square(h):
+    return h.pow(2).mean(-1, keepdim=True)
+
+
+def gated_qwen(x, g, w):
+    dtype = x.dtype
+    x = x.to(torch.float32)
+    x = x * torch.rsqrt(mean_square(x) + 1e-6)
+    x = w * x.to(dtype)
+    x = x * F.silu(g.to(torch.float32))
+    return x.to(dtype)
+
+
+def gated_other_order(x, g, w):
+    h = x.float()
+    normed = (h / torch.sqrt((h * h).mean(-1, True) + 1e-6)).type_as(x) * w
+    return (F.silu(g.float()) * normed).type_as(x)
+
+
+def gated_by_sigmoid_product(x, g, w):
+    g = g.float()
+    return (norm_llama(x, w) * (g * torch.sigmoid(g))).to(x.dtype)
+
+
+def gated_kimi(x, g, w):
+    h = x.to(torch.float32)
+    h = w.to(torch.float32) * (h * torch.rsqrt(mean_square(h) + 1e-6))
+    return (h * torch.sigmoid(g.to(torch.float32))).to(x.dtype)
+
+
+def gated_silu_of_result(x, g, w):
+    h = x.float()
+    return (h * torch.rsqrt(mean_square(h) + 1e-6) * w.float() * F.silu(g.float())).type_as(x)
+
+
+def gated_mamba(x, g, w):
+    h = x.to(torch.float32) * F.silu(g.to(torch.float32))
+    return w * (h * torch.rsqrt(mean_square(h) + 1e-6)).to(x.dtype)
+
+
+def gated_mamba_by_exponential(x, g, w):
+    g = g.float()
+    h = g / (1 + torch.exp(-g)) * x.float()
+    return (h * (h.square().sum(-1, keepdim=True) / h.shape[-1] + 1e-6) ** -0.5).type_as(x) * w
+
+
+def gated_zamba(x, g, w):
+    h = x.to(torch.float32) * F.silu(g.to(torch.float32))
+    *lead, width = h.shape
+    parts = h.view(*lead, 2, width // 2)
+    parts = parts * torch.rsqrt(mean_square(parts) + 1e-6)
+    return w * parts.view(*lead, width).to(x.dtype)
+
+
+def gated_unflattened(x, g, w):
+    parts = (F.silu(g.float()) * x.float()).unflatten(-1, (2, 8))
+    return (parts * torch.rsqrt(mean_square(parts) + 1e-6)).flatten(-2).type_as(x) * w
+
+
+GATED = [f for name, f in list(globals().items()) if name.startswith("gated_")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("function", GATED, ids=lambda f: f.__name__)
+def test_gated_rms_norm(function, dtype):
+    x, g, w = torch.randn(3, 5, 16, dtype=dtype), torch.randn(3, 5, 16, dtype=dtype), torch.randn(16, dtype=dtype)
+    report = report_of(function, x, g, w)
+    assert report.counts == {"gated_rms_norm": 1}, report
+    after = report.graphs[0].after
+    assert not any(name in after.code for name in ("rsqrt", "mean", "functional", "torch.sigmoid")), after.code
+    torch.testing.assert_close(after(*ordered(report, x=x, g=g, w=w))[0], function(x, g, w), rtol=2e-2, atol=2e-2)
+
+
+def test_gate_of_another_dtype():
+    """The state-space model's output is float32, the gate is not."""
+    x, g, w = torch.randn(3, 5, 16), torch.randn(3, 5, 16).bfloat16(), torch.randn(16).bfloat16()
+    for function in (gated_mamba, gated_qwen, gated_zamba):
+        report = report_of(function, x, g, w)
+        assert report.counts == {"gated_rms_norm": 1}, report
+        torch.testing.assert_close(report.graphs[0].after(*ordered(report, x=x, g=g, w=w))[0], function(x, g, w))
+
+
+def over_tokens(x, g, w):
+    parts = (x * F.silu(g)).view(3, 5, 2, 8).transpose(-1, -2)
+    return w * (parts * torch.rsqrt(mean_square(parts) + 1e-6)).transpose(-1, -2).reshape(3, 5, 16)
+
+
+def over_several_tokens(x, g, w):
+    parts = (x * F.silu(g)).view(3, 1, 80)
+    return w * (parts * torch.rsqrt(mean_square(parts) + 1e-6)).view(3, 5, 16)
+
+
+def in_groups_with_a_weight_for_all(x, g, w):
+    parts = (x * F.silu(g)).view(3, 5, 2, 8)
+    return w[:8] * (parts * torch.rsqrt(mean_square(parts) + 1e-6))
+
+
+NOT_GATED = {
+    # what is not the norm with its gate is at most the one and the other
+    "gate broadcasts": (lambda x, g, w: norm_llama(x, w) * F.silu(g[..., :1]), {"rms_norm": 1}),
+    "weight for each token": (lambda x, g, w: norm_llama(x, x.cos()) * F.silu(g), None),
+    "normalised value used": (lambda x, g, w: (lambda y: y * F.silu(g) + y)(norm_llama(x, w)), {"rms_norm": 1, "swiglu": 1}),
+    "gate used": (lambda x, g, w: (lambda a: norm_llama(x, w) * a + a)(F.silu(g)), {"rms_norm": 1}),
+    "gate computed from the norm": (lambda x, g, w: (lambda y: y * F.silu(y @ w.outer(w)))(norm_llama(x, w)), {"rms_norm": 1, "swiglu": 1}),
+    "statistics of the value without its gate": (lambda x, g, w: w * (x * F.silu(g) * torch.rsqrt(mean_square(x) + 1e-6)), None),
+    "statistics of the gate": (lambda x, g, w: w * (x * F.silu(g) * torch.rsqrt(mean_square(F.silu(g)) + 1e-6)), None),
+    "statistics with another gate": (lambda x, g, w: w * (x * F.silu(g) * torch.rsqrt(mean_square(x * F.silu(-g)) + 1e-6)), None),
+    "other activation": (lambda x, g, w: norm_llama(x, w) * F.elu(g), {"rms_norm": 1}),
+    "LayerNorm": (lambda x, g, w: norm_llama(x - x.mean(-1, keepdim=True), w) * F.silu(g), {"swiglu": 1}),
+    "gated twice": (lambda x, g, w: norm_llama(x, w) * F.silu(g) * F.silu(-g), {"gated_rms_norm": 1, "swiglu": 1}),
+    "sum for mean": (lambda x, g, w: w * (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6)) * F.silu(g), None),
+    "groups across": (over_tokens, None),
+    "groups of several tokens": (over_several_tokens, None),
+    "groups that stay": (in_groups_with_a_weight_for_all, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_GATED)
+def test_what_is_no_gated_norm(name):
+    function, expected = NOT_GATED[name]
+    x, g, w = torch.randn(3, 5, 16), torch.randn(3, 5, 16), torch.randn(16)
+    report = report_of(function, x, g, w)
+    if expected is None:
+        assert "gated_rms_norm" not in report.counts, report
+    else:
+        assert report.counts == expected, report
+    torch.testing.assert_close(report.graphs[0].after(*ordered(report, x=x, g=g, w=w))[0], function(x, g, w))
+
+
 # ---- SwiGLU -------------------------------------------------------------------------------------------------------
 
 
