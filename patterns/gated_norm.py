@@ -21,6 +21,8 @@ def check(match: Match) -> str | dict[str, Any] | None:
     x, gate = match.captures["x"], match.captures["gate"]
     if (reason := check_norm(match)) is not None:
         return reason
+    if gate in match.terms:
+        return "the gate is the normalised value, which is then to be computed by itself"
     if gate.shape != x.shape:
         return f"the gate {tuple(gate.shape)} and what is normalised {tuple(x.shape)} broadcast"
     parts = match.captures.get("groups")  # the whole shape that x is viewed in

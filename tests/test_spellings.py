@@ -273,6 +273,7 @@ NOT_GATED = {
     "statistics with another gate": (lambda x, g, w: w * (x * F.silu(g) * torch.rsqrt(mean_square(x * F.silu(-g)) + 1e-6)), None),
     "other activation": (lambda x, g, w: norm_llama(x, w) * F.elu(g), {"rms_norm": 1}),
     "LayerNorm": (lambda x, g, w: norm_llama(x - x.mean(-1, keepdim=True), w) * F.silu(g), {"swiglu": 1}),
+    "gated by itself": (lambda x, g, w: (lambda y: y * F.silu(y))(norm_llama(x, w)) + g, {"rms_norm": 1, "swiglu": 1}),
     "gated twice": (lambda x, g, w: norm_llama(x, w) * F.silu(g) * F.silu(-g), {"gated_rms_norm": 1, "swiglu": 1}),
     "sum for mean": (lambda x, g, w: w * (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6)) * F.silu(g), None),
     "groups across": (over_tokens, None),
