@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from liger_compile import ops
 from liger_compile.match import Match
+from liger_compile.pattern import subterms
 from liger_compile.patterns.rms_norm import check as check_norm
 from liger_compile.registry import pattern
 from liger_compile.terms import same
@@ -21,7 +22,7 @@ def check(match: Match) -> str | dict[str, Any] | None:
     x, gate = match.captures["x"], match.captures["gate"]
     if (reason := check_norm(match)) is not None:
         return reason
-    if gate in match.terms:
+    if gate in match.terms and any(t.op == "rsqrt" and t in match.terms for t in subterms(gate)):
         return "the gate is the normalised value, which is then to be computed by itself"
     if gate.shape != x.shape:
         return f"the gate {tuple(gate.shape)} and what is normalised {tuple(x.shape)} broadcast"
