@@ -206,8 +206,12 @@ def div(c: Call, x: Any, other: Any, *, rounding_mode: str | None = None) -> Ter
 def reciprocal(c: Call, x: Term) -> Term:
     if x.op == "sqrt":
         return elementwise(c, "rsqrt", x.args[0])  # 1 / sqrt(x) -> rsqrt(x)
-    if x.op == "add" and same(x.args[1], 1) and x.args[0].op == "exp" and x.args[0].args[0].op == "neg":
-        return elementwise(c, "sigmoid", x.args[0].args[0].args[0])  # 1 / (1 + exp(-x)) -> sigmoid(x)
+    if x.op == "add" and same(x.args[1], 1) and x.args[0].op == "exp":
+        power = x.args[0].args[0]
+        if power.op == "neg":
+            return elementwise(c, "sigmoid", power.args[0])  # 1 / (1 + exp(-x)) -> sigmoid(x)
+        if widens(power) and power.args[0].op == "neg":  # 1 / (1 + exp(cast(-x))) -> sigmoid(cast(x))
+            return elementwise(c, "sigmoid", cast(c, power.args[0].args[0], power.args[1]))
     return elementwise(c, "reciprocal", x)
 
 
@@ -272,6 +276,29 @@ def _unary(op: str) -> Callable[..., Term]:
 for _name in ("sqrt", "rsqrt", "exp", "tanh", "sigmoid", "silu", "relu", "softplus", "mish", "abs"):
     RULES[_name] = _unary(_name)
 RULES["swish"] = RULES["silu"]
+
+
+@rule("clamp", "clip")
+def clamp(c: Call, x: Term, min: Any = None, max: Any = None) -> Term:
+    if _is_tensor(min) or _is_tensor(max):
+        raise NotCanonical("has bounds that are tensors")
+    min, max = None if same(min, -math.inf) else min, None if same(max, math.inf) else max
+    if min is None and max is None:
+        return x  # clamp(x, -inf, inf) -> x
+    opposite = min.args[0] if isinstance(min, Term) and min.op == "neg" else None
+    if same(-min, max) if isinstance(min, (int, float)) else opposite is not None and opposite is max:
+        min = "-max"  # clamp(x, -3, 3) -> the same in a pattern that does not know the number
+    return elementwise(c, "clamp", x, min, max)
+
+
+@rule("clamp_min")
+def _clamp_min(c: Call, x: Term, min: Any) -> Term:
+    return clamp(c, x, min)
+
+
+@rule("clamp_max")
+def _clamp_max(c: Call, x: Term, max: Any) -> Term:
+    return clamp(c, x, None, max)
 
 
 @rule("gelu")
@@ -387,9 +414,7 @@ def select(c: Call, x: Term, dim: int, index: Any) -> Term:
                 k, d = shape[-2:]
                 if dim == -2:  # x.view(.., k, d)[..., i, :] -> x[..., i*d:(i+1)*d]
                     return slice_(c, whole, -1, index * d, (index + 1) * d)
-                return slice_(
-                    c, whole, -1, index, (k - 1) * d + index + 1, d
-                )  # x.view(.., k, d)[..., i] -> x[..., i::d]
+                return slice_(c, whole, -1, index, k * d, d)  # x.view(.., k, d)[..., i] -> x[..., i::d]
     shape = None if x.shape is None else (*x.shape[:dim], *x.shape[len(x.shape) + dim + 1 :])
     return c.step("select", x, dim, index, dtype=x.dtype, shape=shape)
 
@@ -576,7 +601,21 @@ def _squeeze(c: Call, x: Term, dim: Any = None) -> Term:
     return _pattern_view(c, x, lambda s: (*s[: len(s) + dim], *s[len(s) + dim + 1 :]))
 
 
-@rule("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "_unsafe_view", "ravel")
+@rule("unflatten")
+def _unflatten(c: Call, x: Term, dim: int, sizes: Any) -> Term:
+    if c.shape is None and dim == -1 and isinstance(sizes, Term):
+        return c.step("reshape", x, sizes, dtype=x.dtype)  # in a pattern, an operand: the whole shape is bound to it
+    return _reshape(c, x)
+
+
+@rule("flatten")
+def _flatten(c: Call, x: Term, start_dim: int = 0, end_dim: int = -1) -> Term:
+    if c.shape is None and (start_dim, end_dim) == (-2, -1):
+        return _pattern_view(c, x, lambda s: (*s[:-2], s[-2] * s[-1]))
+    return _reshape(c, x)
+
+
+@rule("view", "reshape", "view_as", "reshape_as", "_unsafe_view", "ravel")
 def _reshape(c: Call, x: Term, *args: Any, **kwargs: Any) -> Term:
     if any(isinstance(a, torch.dtype) for a in args):
         raise NotCanonical("reinterprets the bits")

@@ -15,16 +15,8 @@ TARGET = GPUTarget("cuda", 90, 32)
 KERNELS = {
     *("_forward", "_backward", "_total", "_rope", "_rows", "_row_gradients", "_scaled", "_gather", "_exponentials"),
     *("_finish", "_dlogits", "_weighted", "_gradients", "_summed", "_column_sums", "_label_sums"),
-    *(
-        "_whole_dhidden",
-        "_whole_dweight",
-        "_columns",
-        "_add_product",
-        "_runs",
-        "_long_runs",
-        "_norm_rope",
-        "_norm_rope_backward",
-    ),
+    *("_whole_dhidden", "_whole_dweight", "_columns", "_add_product", "_runs", "_long_runs"),
+    *("_norm_rope", "_norm_rope_backward", "_gated_forward", "_gated_backward"),
 }
 """Those that must have been compiled."""
 
@@ -55,9 +47,9 @@ def main() -> None:
         return launch
 
     JITFunction.__getitem__ = compile_only
-    names = "rms_norm", "norm_rope", "glu", "rope", "cross_entropy", "scale", "embedding", "loss_products", "loss_rows"
+    names = "rms_norm", "norm_rope", "gated_rms_norm", "glu", "rope", "cross_entropy", "scale", "embedding"
     kernels = (import_module(f"liger_compile.kernels.{name}") for name in names)
-    rms_norm, norm_rope, glu, rope, cross_entropy, scale, embedding, *_ = kernels
+    rms_norm, norm_rope, gated_rms_norm, glu, rope, cross_entropy, scale, embedding = kernels
     for dtype in (torch.bfloat16, torch.float32):
         x, w = torch.randn(16, 256).to(dtype), torch.randn(256).to(dtype)
         for rounding in ("normed", "result", "factor"):
@@ -67,12 +59,20 @@ def main() -> None:
             rms_norm.forward_add(x, x, w, 1e-6, 1.0, rounding)
             rms_norm.backward_add([x, x, x], x, w, x, 1e-6, 1.0, rounding, True, True)
         wide = torch.randn(4, 16384).to(dtype)
+        for n in (x, wide):
+            for how in (("silu", False, "normed", None), ("sigmoid", True, "result", [2, n.shape[-1] // 2])):
+                gated_rms_norm.forward(n, n, n[0], 1e-6, *how)
+                gated_rms_norm.backward(n, n, n, n[0], 1e-6, *how, True)
         rms_norm.backward(wide, wide, wide[0], 1e-6, 0.0, "normed", True)
         scale.scaled(torch.randn(16, 256), torch.ones(()), x)
         rms_norm.backward(x, x, None, 1e-6, 0.0, "result", False)
-        for activation in ("silu", "gelu", "gelu_tanh"):
+        for activation in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
             glu.forward(x, x, activation)
             glu.packed_backward(x[:, :128], x, activation, False)
+        for gate_first in (True, False):
+            unit = ("silu", gate_first, 1.0, 7.0, 1.702, 1.0, True)
+            glu.packed_forward(x, *unit)
+            glu.packed_backward(x[:, :128], x, *unit)
         q, cos = torch.randn(2, 8, 16, 64).to(dtype), torch.randn(16, 64).to(dtype)
         rope.pair_forward(q, q[:, :2], cos, cos)
         rope.backward(q, cos[:, :32], cos[:, :32], list(q.stride()), dtype, True)

@@ -11,6 +11,7 @@ from bench.coverage import cover, sites
 
 NEIGHBOURS = {"rope": 4}  # rotated against each other, instead of halves
 LEFT = {
+    "bitnet": {}, "gpt_oss": {},
     "apertus": {}, "arcee": {}, "exaone4": {}, "gemma": {}, "granite": {}, "hunyuan_v1_dense": {}, "llama": {},
     "mixtral": {}, "olmo2": {}, "olmoe": {}, "phi3": {}, "qwen2": {}, "qwen3": {}, "qwen3_moe": {}, "smollm3": {},
     "ernie4_5": NEIGHBOURS, "glm": NEIGHBOURS, "glm4": NEIGHBOURS, "helium": NEIGHBOURS, "nanochat": {"rope": 4},
@@ -49,6 +50,11 @@ COUNTED = {
     "rope": lambda x: x * 0.5 + half(x) * 0.7,
     "rope of complex numbers": neighbours,
     "glu": lambda x: F.silu(x) * (x + 1),
+    "glu of two operands": lambda x: F.gelu(x.exp()) * x,
+    "glu by a square": lambda x: F.relu(x).square() * (x + 1),
+    "glu by a product": lambda x: F.relu(x) * F.relu(x) * (x + 1),
+    "glu with a factor": lambda x: (x + 1) * (x * torch.sigmoid(1.702 * x)),
+    "glu with clamps": lambda x: F.silu(x).clamp(max=1) * (x + 1).clamp(-1, 1),
     "loss": lambda x: F.cross_entropy(x, torch.tensor([0, 1, 2, 3])),
     "mask": lambda x: F.scaled_dot_product_attention(
         x.view(1, 1, 4, 8), x.view(1, 1, 4, 8), x.view(1, 1, 4, 8), torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
@@ -68,6 +74,9 @@ NOT_COUNTED = {
     ),
     "activation": lambda x: F.silu(x) * 2,
     "swish by hand": lambda x: F.silu(x) * x,
+    "squared activation": lambda x: F.relu(x) * F.relu(x),
+    "sigmoid with a factor": lambda x: x * torch.sigmoid(1.702 * x),
+    "cubed activation": lambda x: F.relu(x).pow(3) * (x + 1),
     "two halves": lambda x: torch.cat(x.chunk(2, -1), -1) + 1,
     "attention": lambda x: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None], is_causal=True),
 }

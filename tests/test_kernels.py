@@ -31,6 +31,8 @@ RMS_BACKWARD = pair("rms_norm", "backward", "_backward_reference")
 ADD_RMS = pair("rms_norm", "add_forward", "_add_reference")
 RMS_ADD = pair("rms_norm", "forward_add", "_added_reference")
 RMS_BACKWARD_ADD = pair("rms_norm", "backward_add", "_backward_add_reference")
+GATED = pair("gated_rms_norm", "forward", "_reference")
+GATED_BACKWARD = pair("gated_rms_norm", "backward", "_backward_reference")
 GLU = pair("glu", "forward", "_reference")
 GLU_BACKWARD = pair("glu", "backward", "_backward_reference")
 PACKED = pair("glu", "packed_forward", "_packed_reference")
@@ -137,20 +139,83 @@ def test_rms_norm_with_a_residual(dtype, rounding, offset):
         compare_with_residual(dtype, shape, rounding, offset, 1)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+GATED_NORMS = {
+    "gate last": ("silu", False, "normed"),
+    "gate last, result": ("silu", False, "result"),
+    "sigmoid last, result": ("sigmoid", False, "result"),
+    "gate first": ("silu", True, "normed"),
+    "gate first, result": ("sigmoid", True, "result"),
+}
+
+
+@pytest.mark.parametrize("how", GATED_NORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_glu(dtype, activation):
+def test_gated_rms_norm(dtype, how):
+    how = GATED_NORMS[how]
+    for x in layouts(dtype):
+        gate, weight = small(dtype, *x.shape), small(dtype, x.shape[-1])
+        for g, w in ((gate, weight), (gate.float().transpose(0, 1).contiguous().transpose(0, 1), weight.float())):
+            compare(GATED, (x, g, w, 1e-6, *how), scatter_rows=1)
+            wide = how[1:] == (True, "normed") and w.dtype is torch.float32
+            dy = small(torch.float32 if wide else dtype, *x.shape)
+            compare(GATED_BACKWARD, (dy, x, g, w, 1e-6, *how, None, w is weight), scatter_rows=1)
+
+
+@pytest.mark.parametrize("how", ["gate last", "gate first"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gated_rms_norm_of_groups(dtype, how):
+    x, gate, weight = small(dtype, 2, 9, 64)[..., :33], small(dtype, 2, 9, 33), small(dtype, 33)
+    dy = small(dtype, 2, 9, 33)
+    compare(GATED, (x, gate, weight, 1e-6, *GATED_NORMS[how], [3, 11]), scatter_rows=1)
+    compare(GATED_BACKWARD, (dy, x, gate, weight, 1e-6, *GATED_NORMS[how], [3, 11], True), scatter_rows=1)
+
+
+UNITS = {
+    "silu": ("silu",),
+    "gelu": ("gelu",),
+    "gelu_tanh": ("gelu_tanh",),
+    "relu": ("relu",),
+    "relu2": ("relu2",),
+    "scaled": ("silu", 0.7),
+    "clamped": ("silu", 1.0, 0.9),
+    "clamped, shifted": ("silu", 1.0, 0.9, 1.702, 1.0),
+    "everything": ("relu2", -1.3, 0.9, 1.0, 0.5),
+}
+"""Gated linear units by the arguments behind the operands, but for those of packing."""
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_glu(dtype, unit):
     whole = small(dtype, 4, 6, 66)
+    activation, *variant = unit = UNITS[unit]
     for gate, up in (
         (small(dtype, 4, 33), small(dtype, 4, 33)),
         whole.chunk(2, -1),
         (whole.transpose(0, 1), whole.transpose(0, 1)),
     ):
-        compare(GLU, (gate, up, activation), scatter_rows=1)
-        compare(GLU_BACKWARD, (small(dtype, *gate.shape), gate, up, activation), scatter_rows=1)
+        compare(GLU, (gate, up, *unit), scatter_rows=1)
+        compare(GLU_BACKWARD, (small(dtype, *gate.shape), gate, up, *unit), scatter_rows=1)
     for gate_first in (True, False):
-        compare(PACKED, (whole, activation, gate_first), scatter_rows=1)
-        compare(PACKED_BACKWARD, (small(dtype, 4, 6, 33), whole, activation, gate_first), scatter_rows=1)
+        compare(PACKED, (whole, activation, gate_first, *variant), scatter_rows=1)
+        compare(PACKED_BACKWARD, (small(dtype, 4, 6, 33), whole, activation, gate_first, *variant), scatter_rows=1)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_interleaved_glu(dtype, unit):
+    activation, *variant = UNITS[unit]
+    variant += [*[1.0, None, 1.0, 0.0][len(variant) :], True]
+    for x in (
+        small(dtype, 4, 6, 66),
+        small(dtype, 3, 4100),  # more than a block
+        small(dtype, 4, 66, 6).transpose(1, 2),
+        small(dtype, 4, 6, 70)[..., 2:-2],
+    ):
+        dy = small(dtype, *x.shape[:-1], x.shape[-1] // 2)
+        for gate_first in (True, False):
+            compare(PACKED, (x, activation, gate_first, *variant), scatter_rows=1)
+            compare(PACKED_BACKWARD, (dy, x, activation, gate_first, *variant), scatter_rows=1)
 
 
 ROPES = {
@@ -345,15 +410,42 @@ def test_rms_norm_of_heads_at_size(dtype):
 
 
 @gpu
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("how", GATED_NORMS)
+@pytest.mark.parametrize(
+    "rows, width, groups",
+    [(65536, 128, None), (8192, 4096, None), (2048, 16384, None), (4095, 5119, None), (8192, 8192, [8, 1024])],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_glu_at_size(dtype, activation):
+def test_gated_rms_norm_at_size(dtype, rows, width, groups, how):
+    x, gate, dy, w = real(dtype, rows, width), real(dtype, rows, width), real(dtype, rows, width), real(dtype, width)
+    compare(GATED, (x, gate, w, 1e-6, *GATED_NORMS[how], groups), rows)
+    compare(GATED_BACKWARD, (dy, x, gate, w, 1e-6, *GATED_NORMS[how], groups, True), rows)
+
+
+@gpu
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_glu_at_size(dtype, unit):
+    activation, *variant = unit = UNITS[unit]
     x = real(dtype, 8192, 2 * 14336 // 4 + 2)
     gate, up = x.chunk(2, -1)
-    compare(GLU, (gate.contiguous(), up.contiguous(), activation), 8192)
-    compare(GLU_BACKWARD, (real(dtype, *gate.shape), gate.contiguous(), up, activation), 8192)
-    compare(PACKED, (x, activation, True), 8192)
-    compare(PACKED_BACKWARD, (real(dtype, *gate.shape), x, activation, False), 8192)
+    compare(GLU, (gate.contiguous(), up.contiguous(), *unit), 8192)
+    compare(GLU_BACKWARD, (real(dtype, *gate.shape), gate.contiguous(), up, *unit), 8192)
+    compare(PACKED, (x, activation, True, *variant), 8192)
+    compare(PACKED_BACKWARD, (real(dtype, *gate.shape), x, activation, False, *variant), 8192)
+
+
+@gpu
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_interleaved_glu_at_size(dtype, unit):
+    activation, *variant = UNITS[unit]
+    variant += [*[1.0, None, 1.0, 0.0][len(variant) :], True]
+    x = real(dtype, 8192, 2 * 2880 + 2)
+    dy = real(dtype, 8192, 2881)
+    for gate_first in (True, False):
+        compare(PACKED, (x, activation, gate_first, *variant), 8192)
+        compare(PACKED_BACKWARD, (dy, x, activation, gate_first, *variant), 8192)
 
 
 @gpu

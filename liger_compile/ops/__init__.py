@@ -6,6 +6,7 @@ every other device. They can also be called directly: `liger_compile.ops.rms_nor
 
 from . import norm_rope as _norm_rope  # noqa: F401  (for `fuse.py`)
 from .embedding import embedding
+from .gated_rms_norm import gated_rms_norm
 from .glu import glu, packed_glu
 from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_lse
 from .masked_attention import masked_attention
@@ -14,6 +15,7 @@ from .rope import rope, rope_pair
 
 __all__ = [
     "embedding",
+    "gated_rms_norm",
     "glu",
     "linear_cross_entropy",
     "linear_cross_entropy_lse",
