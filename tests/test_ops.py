@@ -303,6 +303,7 @@ ERRORS = [
     (
         lambda: OPS.rms_norm_backward_add([], fixed(4, 8), None, None, 1e-6, 0.0, "normed", False, False),
         r"dy is one to three tensors of a dtype, not \[\]",
+    ),
     (lambda: ops.gated_rms_norm(some(4, 8), some(4, 1), some(8), 1e-6), r"gate has shape \(4, 1\), x needs \(4, 8\)"),
     (lambda: ops.gated_rms_norm(some(4, 8), some(4, 8), some(4), 1e-6), r"weight has shape \(4,\), x needs \[8\]"),
     (lambda: ops.gated_rms_norm(some(4, 8), some(4, 8), some(8), 1e-6, "gelu"), r"one of .*'sigmoid'.*, not 'gelu'"),
