@@ -86,13 +86,32 @@ def is_rotation(node: fx.Node) -> bool:
     return len(parts) == 2 and [op(p) for p in parts].count("neg") == 1
 
 
+def activated(node: Any) -> Any:
+    """What an activation is taken of; None if this is no activation."""
+    node = origin(node)
+    while op(node) in ("clamp", "clamp_max"):
+        node = origin(node.args[0])
+    if op(node) in ("pow", "mul") and op(origin(node.args[0])) == "relu":  # squared
+        x, y = origin(node.args[0]), origin(node.args[1])
+        if y == 2 or (op(y) == "relu" and origin(x.args[0]) is origin(y.args[0])):
+            node = x
+    if op(node) in ("silu", "gelu", "relu"):
+        return origin(node.args[0])
+    if op(node) == "mul":  # x * sigmoid(alpha * x)
+        for x, s in (node.args, node.args[::-1]):
+            scaled = origin(origin(s).args[0]) if op(origin(s)) == "sigmoid" else None
+            if op(scaled) == "mul" and origin(x) in map(origin, scaled.args):
+                return origin(x)
+    return None
+
+
 def is_gated(node: fx.Node) -> bool:
     """An activation of one value times another."""
     if op(node) != "mul" or not all(isinstance(a, fx.Node) for a in node.args):
         return False
     for a, b in (node.args, node.args[::-1]):
-        gate = origin(a)
-        if op(gate) in ("silu", "gelu") and origin(gate.args[0]) is not origin(b):
+        gate = activated(a)
+        if gate is not None and gate is not origin(b) and gate is not activated(b):
             return b.meta["val"].shape == a.meta["val"].shape and op(origin(b)) not in ("silu", "gelu", "sigmoid")
     return False
 

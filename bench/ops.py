@@ -52,6 +52,20 @@ def rotate_complex(q: torch.Tensor, k: torch.Tensor, freqs: torch.Tensor) -> Any
     return rotated(q), rotated(k)
 
 
+def gated_norm(x: torch.Tensor, gate: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return (norm(x, w) * F.silu(gate.float())).to(x.dtype)
+
+
+def norm_of_gated(x: torch.Tensor, gate: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    h = x.float() * F.silu(gate.float())
+    return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def swiglu_oai(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x[..., ::2].clamp(max=7.0), x[..., 1::2].clamp(-7.0, 7.0)
+    return (up + 1) * (gate * torch.sigmoid(1.702 * gate))
+
+
 def cases() -> dict[str, dict[str, Any]]:
     """Name to the plain function, ours, Liger-Kernel's, the operands, and the bytes of (forward, backward)."""
 
@@ -74,6 +88,21 @@ def cases() -> dict[str, dict[str, Any]]:
             "liger": _liger("LigerSiLUMulFunction", lambda f: lambda g, u: f.apply(g, u)),
             "operands": (tensor(TOKENS, width), tensor(TOKENS, width)),
             "bytes": (6 * TOKENS * width, 10 * TOKENS * width),
+        }
+    made[f"SwiGLU of GPT-OSS, interleaved {TOKENS} x {2 * 2880}"] = {
+        "plain": swiglu_oai,
+        "ours": lambda x: ops.packed_glu(x, limit=7.0, alpha=1.702, up_offset=1.0, interleaved=True),
+        "liger": None,
+        "operands": (tensor(TOKENS, 2 * 2880),),
+        "bytes": (6 * TOKENS * 2880, 10 * TOKENS * 2880),
+    }
+    for rows, width, first in ((TOKENS * 32, 128, False), (TOKENS, 4096, True)):
+        made[f"RMSNorm, gate {'first' if first else 'last'} {rows} x {width}"] = {
+            "plain": norm_of_gated if first else gated_norm,
+            "ours": lambda x, g, w, first=first: ops.gated_rms_norm(x, g, w, 1e-6, gate_first=first),
+            "liger": None,
+            "operands": (tensor(rows, width), tensor(rows, width), tensor(width)),
+            "bytes": (6 * rows * width, 10 * rows * width),
         }
     for heads, kv_heads, batch, length in ((32, 8, 2, 8192), (16, 8, 8, 2048)):
         operands = tuple(

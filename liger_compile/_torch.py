@@ -96,6 +96,13 @@ def run_on_fakes(node: torch.fx.Node, value_of: Any) -> Any:
             return target(*args, **kwargs)
 
 
+def promised_inputs(node: torch.fx.Node, value_of: Any) -> dict[str, Any]:
+    """What the meta of a new node in an ATen graph says of its inputs' layouts: Inductor keeps these where an op needs
+    exact strides. Checked on 2.11, 2.13.
+    """
+    return {"eager_input_vals": torch.fx.node.map_arg((node.args, node.kwargs), value_of)}
+
+
 def constant(value: Any) -> int | None:
     """The integer a size expression is known to be, without adding a guard. Checked on 2.11, 2.13."""
     if isinstance(value, int):
@@ -155,6 +162,25 @@ def mode_options(mode: str | None) -> dict[str, Any]:
     return dict(list_mode_options(mode)) if mode is not None else {}
 
 
+def graph_pass(config: dict[str, Any], function: Callable[[torch.fx.Graph], None]) -> dict[str, Any] | None:
+    """Inductor's options with a pass over its ATen graphs, forward and backward, before it looks at them.
+
+    None if the user has a pass there. Checked on 2.11, 2.13.
+    """
+    from torch._inductor import config as current
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            function(graph)
+
+        def uuid(self) -> str:
+            return fingerprint()
+
+    name = "post_grad_custom_pre_pass"
+    return None if config.get(name) or getattr(current, name) else {**config, name: Pass()}
+
+
 def compile_fx(gm: torch.fx.GraphModule, example_inputs: Any, config: dict[str, Any]) -> Any:
     """Inductor, as torch.compile calls it. Takes ownership of `gm`. Checked on 2.11, 2.13.
 
@@ -201,8 +227,9 @@ def flex_attention(query: Any, key: Any, value: Any, blocks: Any, tensors: tuple
 
 
 def fingerprint() -> str:
-    """Another one whenever the code of our ops changes, which AOTAutograd traces through."""
-    files = sorted((Path(__file__).parent / "ops").glob("*.py"))
+    """Another one whenever the code of our ops changes, which AOTAutograd traces through, or that of fusions."""
+    here = Path(__file__).parent
+    files = [*sorted((here / "ops").glob("*.py")), here / "fuse.py"]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 

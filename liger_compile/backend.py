@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import _torch, debug, lazy
+from . import _torch, debug, fuse, lazy
 from .options import Options, split_options
 from .report import Report
 from .rewrite import rewrite
@@ -45,7 +45,7 @@ def liger(
         return _lazily(after, lambda gm: gm.forward)
     try:
         with contextlib.nullcontext() if _ops_are_ours(after) else _torch.without_autograd_cache():
-            return _lazily(after, lambda gm: _torch.compile_fx(gm, example_inputs, config))
+            return _lazily(after, lambda gm: _torch.compile_fx(gm, example_inputs, _with_fusions(config)))
     except Exception as error:
         _warn(f"the rewritten graph does not compile, so the original is used: {type(error).__name__}: {error}")
         return _torch.compile_fx(gm, example_inputs, config)
@@ -60,6 +60,26 @@ def _ops_are_ours(gm: fx.GraphModule) -> bool:
     graphs = (m.graph for m in gm.modules() if isinstance(m, fx.GraphModule))
     made = (n.target for graph in graphs for n in graph.nodes if "liger_pattern" in n.meta)
     return all(t.namespace in ("liger_compile", "aten") for t in made if isinstance(t, torch._ops.OpOverload))
+
+
+def _with_fusions(config: dict[str, Any]) -> dict[str, Any]:
+    """Inductor's options, with fusions of our ops with their neighbours."""
+    fusing = _torch.graph_pass(config, _fuse)
+    if fusing is None:
+        _warn("post_grad_custom_pre_pass is set, so that ops are not fused with their neighbours")
+    return fusing or config
+
+
+def _fuse(graph: fx.Graph) -> None:
+    try:
+        made = fuse.fuse(graph)
+    except Exception as error:
+        _warn(f"fusing ops with their neighbours failed: {type(error).__name__}: {error}")
+        return
+    if made:
+        text = ", ".join(f"{count} x {name}" for name, count in made.items())
+        log.info("fused: %s", text)
+        _torch.trace("liger_compile_fused", lambda: text)
 
 
 def _lazily(gm: fx.GraphModule, compiler: Callable[[fx.GraphModule], Callable[..., Any]]) -> Callable[..., Any]:

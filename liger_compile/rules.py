@@ -206,8 +206,12 @@ def div(c: Call, x: Any, other: Any, *, rounding_mode: str | None = None) -> Ter
 def reciprocal(c: Call, x: Term) -> Term:
     if x.op == "sqrt":
         return elementwise(c, "rsqrt", x.args[0])  # 1 / sqrt(x) -> rsqrt(x)
-    if x.op == "add" and same(x.args[1], 1) and x.args[0].op == "exp" and x.args[0].args[0].op == "neg":
-        return elementwise(c, "sigmoid", x.args[0].args[0].args[0])  # 1 / (1 + exp(-x)) -> sigmoid(x)
+    if x.op == "add" and same(x.args[1], 1) and x.args[0].op == "exp":
+        power = x.args[0].args[0]
+        if power.op == "neg":
+            return elementwise(c, "sigmoid", power.args[0])  # 1 / (1 + exp(-x)) -> sigmoid(x)
+        if widens(power) and power.args[0].op == "neg":  # 1 / (1 + exp(cast(-x))) -> sigmoid(cast(x))
+            return elementwise(c, "sigmoid", cast(c, power.args[0].args[0], power.args[1]))
     return elementwise(c, "reciprocal", x)
 
 
@@ -272,6 +276,29 @@ def _unary(op: str) -> Callable[..., Term]:
 for _name in ("sqrt", "rsqrt", "exp", "tanh", "sigmoid", "silu", "relu", "softplus", "mish", "abs"):
     RULES[_name] = _unary(_name)
 RULES["swish"] = RULES["silu"]
+
+
+@rule("clamp", "clip")
+def clamp(c: Call, x: Term, min: Any = None, max: Any = None) -> Term:
+    if _is_tensor(min) or _is_tensor(max):
+        raise NotCanonical("has bounds that are tensors")
+    min, max = None if same(min, -math.inf) else min, None if same(max, math.inf) else max
+    if min is None and max is None:
+        return x  # clamp(x, -inf, inf) -> x
+    opposite = min.args[0] if isinstance(min, Term) and min.op == "neg" else None
+    if same(-min, max) if isinstance(min, (int, float)) else opposite is not None and opposite is max:
+        min = "-max"  # clamp(x, -3, 3) -> the same in a pattern that does not know the number
+    return elementwise(c, "clamp", x, min, max)
+
+
+@rule("clamp_min")
+def _clamp_min(c: Call, x: Term, min: Any) -> Term:
+    return clamp(c, x, min)
+
+
+@rule("clamp_max")
+def _clamp_max(c: Call, x: Term, max: Any) -> Term:
+    return clamp(c, x, None, max)
 
 
 @rule("gelu")
@@ -392,9 +419,7 @@ def select(c: Call, x: Term, dim: int, index: Any) -> Term:
                 k, d = shape[-2:]
                 if dim == -2:  # x.view(.., k, d)[..., i, :] -> x[..., i*d:(i+1)*d]
                     return slice_(c, whole, -1, index * d, (index + 1) * d)
-                return slice_(
-                    c, whole, -1, index, (k - 1) * d + index + 1, d
-                )  # x.view(.., k, d)[..., i] -> x[..., i::d]
+                return slice_(c, whole, -1, index, k * d, d)  # x.view(.., k, d)[..., i] -> x[..., i::d]
     shape = None if x.shape is None else (*x.shape[:dim], *x.shape[len(x.shape) + dim + 1 :])
     return c.step("select", x, dim, index, dtype=x.dtype, shape=shape)
 
@@ -602,6 +627,8 @@ def _in_pairs(shape: tuple[Any, ...]) -> tuple[Any, ...]:
 def _unflatten(c: Call, x: Term, dim: int, sizes: Any) -> Term:
     if c.shape is not None:
         return reshape_to(c, x, c.shape)
+    if dim == -1 and isinstance(sizes, Term):
+        return c.step("reshape", x, sizes, dtype=x.dtype)  # in a pattern, an operand: the whole shape is bound to it
     if dim != -1 or tuple(sizes) != (-1, 2):
         raise PatternError("gives a shape that a pattern cannot know: in a pattern, use unflatten(-1, (-1, 2))")
     return _pattern_view(c, x, _in_pairs)
@@ -614,7 +641,8 @@ def _view_as_complex(c: Call, x: Term) -> Term:
         x = reshape_to(c, x, (*x.shape[:-2], x.shape[-2] * 2))
     x = x.args[0] if widens(x) and x.dtype is torch.float32 else x
     if c.shape is None:
-        if x.op != "reshape" or x.args[1].args[1] is not _in_pairs:
+        shape = x.args[1] if x.op == "reshape" else None
+        if not isinstance(shape, Expr) or shape.args[1] is not _in_pairs:
             raise PatternError("makes complex numbers of an unknown shape: in a pattern, use x.unflatten(-1, (-1, 2))")
         x = x.args[0]
     return c.step("complex", x, dtype=c.dtype, shape=c.shape)

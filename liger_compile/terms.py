@@ -33,8 +33,9 @@ class Term:
 
     @property
     def is_number(self) -> bool:
-        """Whether this is a scalar: one computed in the graph, a pattern's scalar parameter, or the inverse of one."""
-        if self.op == "reciprocal":
+        """Whether this is a scalar: one computed in the graph, a pattern's scalar parameter, or such a one inverted or
+        negated."""
+        if self.op in ("reciprocal", "neg"):
             return not isinstance(self.args[0], Term) or self.args[0].is_number
         return self.op == "number" or (self.op == "var" and self.args[1] in ("scalar", "scalar?"))
 
@@ -58,7 +59,10 @@ class Expr:
 
 
 _SAME_SHAPE = frozenset(
-    ("cast", "neg", "reciprocal", "square", "sqrt", "rsqrt", "exp", "tanh", "sigmoid", "silu", "relu", "gelu", "abs")
+    (
+        *("cast", "neg", "reciprocal", "square", "sqrt", "rsqrt", "exp", "tanh"),
+        *("sigmoid", "silu", "relu", "gelu", "abs", "clamp"),
+    )
 )
 """Operations with one tensor operand, whose shape is the result's."""
 

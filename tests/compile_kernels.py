@@ -16,6 +16,7 @@ KERNELS = {
     *("_forward", "_backward", "_total", "_rope", "_rows", "_row_gradients", "_scaled", "_gather", "_exponentials"),
     *("_finish", "_dlogits", "_weighted", "_gradients", "_summed", "_column_sums", "_label_sums"),
     *("_whole_dhidden", "_whole_dweight", "_columns", "_add_product", "_runs", "_long_runs"),
+    *("_norm_rope", "_norm_rope_backward", "_gated_forward", "_gated_backward"),
 }
 """Those that must have been compiled."""
 
@@ -46,21 +47,32 @@ def main() -> None:
         return launch
 
     JITFunction.__getitem__ = compile_only
-    names = "rms_norm", "glu", "rope", "cross_entropy", "scale", "embedding", "loss_products", "loss_rows"
+    names = "rms_norm", "norm_rope", "gated_rms_norm", "glu", "rope", "cross_entropy", "scale", "embedding"
     kernels = (import_module(f"liger_compile.kernels.{name}") for name in names)
-    rms_norm, glu, rope, cross_entropy, scale, embedding, *_ = kernels
+    rms_norm, norm_rope, gated_rms_norm, glu, rope, cross_entropy, scale, embedding = kernels
     for dtype in (torch.bfloat16, torch.float32):
         x, w = torch.randn(16, 256).to(dtype), torch.randn(256).to(dtype)
         for rounding in ("normed", "result", "factor"):
             rms_norm.forward(x, w, 1e-6, 1.0, rounding)
             rms_norm.backward(x, x, w, 1e-6, 1.0, rounding, True)
+            rms_norm.add_forward(x, x, w, 1e-6, 1.0, rounding)
+            rms_norm.forward_add(x, x, w, 1e-6, 1.0, rounding)
+            rms_norm.backward_add([x, x, x], x, w, x, 1e-6, 1.0, rounding, True, True)
         wide = torch.randn(4, 16384).to(dtype)
+        for n in (x, wide):
+            for how in (("silu", False, "normed", None), ("sigmoid", True, "result", [2, n.shape[-1] // 2])):
+                gated_rms_norm.forward(n, n, n[0], 1e-6, *how)
+                gated_rms_norm.backward(n, n, n, n[0], 1e-6, *how, True)
         rms_norm.backward(wide, wide, wide[0], 1e-6, 0.0, "normed", True)
         scale.scaled(torch.randn(16, 256), torch.ones(()), x)
         rms_norm.backward(x, x, None, 1e-6, 0.0, "result", False)
-        for activation in ("silu", "gelu", "gelu_tanh"):
+        for activation in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
             glu.forward(x, x, activation)
             glu.packed_backward(x[:, :128], x, activation, False)
+        for gate_first in (True, False):
+            unit = ("silu", gate_first, 1.0, 7.0, 1.702, 1.0, True)
+            glu.packed_forward(x, *unit)
+            glu.packed_backward(x[:, :128], x, *unit)
         q, cos = torch.randn(2, 8, 16, 64).to(dtype), torch.randn(16, 64).to(dtype)
         rope.pair_forward(q, q[:, :2], cos, cos)
         rope.backward(q, cos[:, :32], cos[:, :32], list(q.stride()), dtype, True)
@@ -70,6 +82,11 @@ def main() -> None:
             rope.backward(q, some, some, list(q.stride()), dtype, True, *way)
         angles = torch.randn(16, 32, 2).unbind(-1)
         rope.pair_forward(q, q[:, :2], *angles, True, False, False, "neighbours", False, True)
+        for rounding in ("normed", "result", "factor"):
+            for k, weights in ((q[:, :2], (w[:64], w[:64])), (None, (None, None))):
+                how = (*weights, cos[:, :32], cos[:, :32], 1e-6, 1.0, rounding, False)
+                norm_rope.forward(q, k, *how, False, True)
+                norm_rope.backward(q, k, q, k, *how, weights[0] is not None)
         embedding.backward(x[:, :64], torch.zeros(x.shape[0]).int(), torch.zeros(x.shape[0]).long(), x[:, :64])
         target = torch.zeros(16, dtype=torch.int64)
         given, logits = torch.rand(16), torch.randn(16, 9000).to(dtype)

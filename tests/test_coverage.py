@@ -10,9 +10,10 @@ from helpers import capture
 from bench.coverage import cover, sites
 
 LEFT = {
+    "bitnet": {}, "gpt_oss": {},
     "apertus": {}, "arcee": {}, "exaone4": {}, "gemma": {}, "granite": {}, "hunyuan_v1_dense": {}, "llama": {},
     "mixtral": {}, "olmo2": {}, "olmoe": {}, "phi3": {}, "qwen2": {}, "qwen3": {}, "qwen3_moe": {}, "smollm3": {},
-    "ernie4_5": {}, "glm": {}, "glm4": {}, "gpt_oss": {}, "helium": {}, "llama4_text": {}, "minicpm3": {},
+    "ernie4_5": {}, "glm": {}, "glm4": {}, "helium": {}, "llama4_text": {}, "minicpm3": {},
     "nanochat": {},
 }  # fmt: skip
 """Families, and the sites that no pattern takes yet."""
@@ -49,6 +50,11 @@ COUNTED = {
     "rope": lambda x: x * 0.5 + half(x) * 0.7,
     "rope of complex numbers": neighbours,
     "glu": lambda x: F.silu(x) * (x + 1),
+    "glu of two operands": lambda x: F.gelu(x.exp()) * x,
+    "glu by a square": lambda x: F.relu(x).square() * (x + 1),
+    "glu by a product": lambda x: F.relu(x) * F.relu(x) * (x + 1),
+    "glu with a factor": lambda x: (x + 1) * (x * torch.sigmoid(1.702 * x)),
+    "glu with clamps": lambda x: F.silu(x).clamp(max=1) * (x + 1).clamp(-1, 1),
     "loss": lambda x: F.cross_entropy(x, torch.tensor([0, 1, 2, 3])),
     "mask": lambda x: F.scaled_dot_product_attention(
         x.view(1, 1, 4, 8), x.view(1, 1, 4, 8), x.view(1, 1, 4, 8), torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
@@ -68,6 +74,9 @@ NOT_COUNTED = {
     ),
     "activation": lambda x: F.silu(x) * 2,
     "swish by hand": lambda x: F.silu(x) * x,
+    "squared activation": lambda x: F.relu(x) * F.relu(x),
+    "sigmoid with a factor": lambda x: x * torch.sigmoid(1.702 * x),
+    "cubed activation": lambda x: F.relu(x).pow(3) * (x + 1),
     "two halves": lambda x: torch.cat(x.chunk(2, -1), -1) + 1,
     "attention": lambda x: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None], is_causal=True),
 }

@@ -28,6 +28,11 @@ def pair(module, kernel, reference, kernel_module=None):
 
 RMS = pair("rms_norm", "forward", "_reference")
 RMS_BACKWARD = pair("rms_norm", "backward", "_backward_reference")
+ADD_RMS = pair("rms_norm", "add_forward", "_add_reference")
+RMS_ADD = pair("rms_norm", "forward_add", "_added_reference")
+RMS_BACKWARD_ADD = pair("rms_norm", "backward_add", "_backward_add_reference")
+GATED = pair("gated_rms_norm", "forward", "_reference")
+GATED_BACKWARD = pair("gated_rms_norm", "backward", "_backward_reference")
 GLU = pair("glu", "forward", "_reference")
 GLU_BACKWARD = pair("glu", "backward", "_backward_reference")
 PACKED = pair("glu", "packed_forward", "_packed_reference")
@@ -35,6 +40,8 @@ PACKED_BACKWARD = pair("glu", "packed_backward", "_packed_backward_reference")
 ROPE = pair("rope", "forward", "_reference")
 ROPE_PAIR = pair("rope", "pair_forward", "_pair_reference")
 ROPE_PAIR_BACKWARD = pair("rope", "pair_backward", "_pair_backward_reference")
+NORM_ROPE = pair("norm_rope", "forward", "_reference")
+NORM_ROPE_BACKWARD = pair("norm_rope", "backward", "_backward_reference")
 ROWS = pair("chunked_loss", "rows", "_reference_rows", "cross_entropy")
 ROW_GRADIENTS = pair("chunked_loss", "row_gradients", "_reference_row_gradients", "cross_entropy")
 
@@ -106,20 +113,109 @@ def test_rms_norm(dtype, rounding):
             compare(RMS_BACKWARD, (dy, x, w, 1e-6, offset, rounding, w is not None), scatter_rows=1)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def summed_gradients(functions, count):
+    """`backward_add` of `count` gradients, as a function of tensors alone."""
+    return tuple(lambda *args, f=f: f(list(args[:count]), *args[count:]) for f in functions)
+
+
+def compare_with_residual(dtype, shape, rounding, offset, rows):
+    x, w, residual = (small(dtype, *s) for s in (shape, shape[-1:], shape))
+    for function in (ADD_RMS, RMS_ADD):
+        compare(function, (x, residual, w, 1e-6, offset, rounding), rows)
+    for count, dresidual, need_dweight, again in (
+        (1, None, True, True),
+        (2, residual, True, False),
+        (3, residual, False, True),
+    ):
+        dys = [small(dtype, *shape) for _ in range(count)]
+        how = (x, w, dresidual, 1e-6, offset, rounding, need_dweight, again)
+        compare(summed_gradients(RMS_BACKWARD_ADD, count), (*dys, *how), rows)
+
+
+@pytest.mark.parametrize("rounding, offset", [("normed", 0.0), ("result", 1.0), ("factor", 0.0)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_glu(dtype, activation):
+def test_rms_norm_with_a_residual(dtype, rounding, offset):
+    for shape in ((5, 96), (2, 3, 33)):
+        compare_with_residual(dtype, shape, rounding, offset, 1)
+
+
+GATED_NORMS = {
+    "gate last": ("silu", False, "normed"),
+    "gate last, result": ("silu", False, "result"),
+    "sigmoid last, result": ("sigmoid", False, "result"),
+    "gate first": ("silu", True, "normed"),
+    "gate first, result": ("sigmoid", True, "result"),
+}
+
+
+@pytest.mark.parametrize("how", GATED_NORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gated_rms_norm(dtype, how):
+    how = GATED_NORMS[how]
+    for x in layouts(dtype):
+        gate, weight = small(dtype, *x.shape), small(dtype, x.shape[-1])
+        for g, w in ((gate, weight), (gate.float().transpose(0, 1).contiguous().transpose(0, 1), weight.float())):
+            compare(GATED, (x, g, w, 1e-6, *how), scatter_rows=1)
+            wide = how[1:] == (True, "normed") and w.dtype is torch.float32
+            dy = small(torch.float32 if wide else dtype, *x.shape)
+            compare(GATED_BACKWARD, (dy, x, g, w, 1e-6, *how, None, w is weight), scatter_rows=1)
+
+
+@pytest.mark.parametrize("how", ["gate last", "gate first"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gated_rms_norm_of_groups(dtype, how):
+    x, gate, weight = small(dtype, 2, 9, 64)[..., :33], small(dtype, 2, 9, 33), small(dtype, 33)
+    dy = small(dtype, 2, 9, 33)
+    compare(GATED, (x, gate, weight, 1e-6, *GATED_NORMS[how], [3, 11]), scatter_rows=1)
+    compare(GATED_BACKWARD, (dy, x, gate, weight, 1e-6, *GATED_NORMS[how], [3, 11], True), scatter_rows=1)
+
+
+UNITS = {
+    "silu": ("silu",),
+    "gelu": ("gelu",),
+    "gelu_tanh": ("gelu_tanh",),
+    "relu": ("relu",),
+    "relu2": ("relu2",),
+    "scaled": ("silu", 0.7),
+    "clamped": ("silu", 1.0, 0.9),
+    "clamped, shifted": ("silu", 1.0, 0.9, 1.702, 1.0),
+    "everything": ("relu2", -1.3, 0.9, 1.0, 0.5),
+}
+"""Gated linear units by the arguments behind the operands, but for those of packing."""
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_glu(dtype, unit):
     whole = small(dtype, 4, 6, 66)
+    activation, *variant = unit = UNITS[unit]
     for gate, up in (
         (small(dtype, 4, 33), small(dtype, 4, 33)),
         whole.chunk(2, -1),
         (whole.transpose(0, 1), whole.transpose(0, 1)),
     ):
-        compare(GLU, (gate, up, activation), scatter_rows=1)
-        compare(GLU_BACKWARD, (small(dtype, *gate.shape), gate, up, activation), scatter_rows=1)
+        compare(GLU, (gate, up, *unit), scatter_rows=1)
+        compare(GLU_BACKWARD, (small(dtype, *gate.shape), gate, up, *unit), scatter_rows=1)
     for gate_first in (True, False):
-        compare(PACKED, (whole, activation, gate_first), scatter_rows=1)
-        compare(PACKED_BACKWARD, (small(dtype, 4, 6, 33), whole, activation, gate_first), scatter_rows=1)
+        compare(PACKED, (whole, activation, gate_first, *variant), scatter_rows=1)
+        compare(PACKED_BACKWARD, (small(dtype, 4, 6, 33), whole, activation, gate_first, *variant), scatter_rows=1)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_interleaved_glu(dtype, unit):
+    activation, *variant = UNITS[unit]
+    variant += [*[1.0, None, 1.0, 0.0][len(variant) :], True]
+    for x in (
+        small(dtype, 4, 6, 66),
+        small(dtype, 3, 4100),  # more than a block
+        small(dtype, 4, 66, 6).transpose(1, 2),
+        small(dtype, 4, 6, 70)[..., 2:-2],
+    ):
+        dy = small(dtype, *x.shape[:-1], x.shape[-1] // 2)
+        for gate_first in (True, False):
+            compare(PACKED, (x, activation, gate_first, *variant), scatter_rows=1)
+            compare(PACKED_BACKWARD, (dy, x, activation, gate_first, *variant), scatter_rows=1)
 
 
 ROPES = {
@@ -185,6 +281,38 @@ def test_rope_with_angles_between_others(dtype):
     compare(ROPE_PAIR, (q, k, cos, sin, True, False, False, "neighbours", False, True), scatter_rows=1)
     cos, sin = small(torch.float32, 5, 1, 12, 2).unbind(-1)
     compare(ROPE, (q, cos, sin), scatter_rows=1)
+
+
+def compare_norm_rope(q, k, cos, weight, rounding, offset, how, gradients, rows):
+    """Forward and backward. `weight` is the weights' dtype, None for no weights; `how`: upcast, promote, contiguous."""
+    upcast, promote, contiguous = how
+    sin = torch.randn_like(cos)
+    weights = [None] * 2 if weight is None else [torch.randn_like(x[0, 0, 0]).to(weight) for x in (q, q)]
+    if k is None:
+        weights[1] = None
+    norm = (1e-6, offset, rounding)
+    compare(NORM_ROPE, (q, k, *weights, cos, sin, *norm, upcast, promote, contiguous), rows)
+    dtype = NORM_ROPE[1](q, k, *weights, cos, sin, *norm, upcast, promote, contiguous)[0].dtype
+    dys = [None if x is None else gradients(torch.randn_like(x).to(dtype)) for x in (q, k)]
+    for need in {weight is not None, False}:
+        compare(NORM_ROPE_BACKWARD, (*dys, q, k, *weights, cos, sin, *norm, upcast, need), rows)
+
+
+@pytest.mark.parametrize("rounding, offset", [("normed", 0.0), ("result", 1.0), ("factor", 0.0)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_rope(dtype, rounding, offset):
+    packed = small(dtype, 2, 5, 3 + 1 + 1, 16).transpose(1, 2)  # as of one product for q, k and v
+    q, k = packed[:, :3], packed[:, 3:4]
+    apart = small(dtype, 2, 5, 3, 16).transpose(1, 2)
+    same, plain = (lambda d: d), (False, False, False)
+    cases = [
+        (q, k, small(dtype, 1, 1, 5, 16), dtype, plain, same),
+        (apart, k.contiguous(), small(dtype, 2, 1, 5, 6), dtype, (False, False, True), lambda d: d.contiguous()),
+        (apart, None, small(dtype, 5, 16), None, (True, False, False), same),
+        (q, k, small(torch.float32, 1, 1, 5, 16), torch.float32, (False, True, False), same),
+    ]
+    for q, k, cos, weight, how, gradients in cases:
+        compare_norm_rope(q, k, cos, weight, rounding, offset, how, gradients, 1)
 
 
 TRANSFORMS = [
@@ -302,6 +430,14 @@ def test_rms_norm_at_size(dtype, rows, width):
 
 
 @gpu
+@pytest.mark.parametrize("rows, width", [(16384, 4096), (16384, 1024), (2048, 16384), (4095, 5119), (300, 65536)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm_with_a_residual_at_size(dtype, rows, width):
+    for rounding, offset in (("normed", 0.0), ("result", 1.0)):
+        compare_with_residual(dtype, (rows, width), rounding, offset, rows)
+
+
+@gpu
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_rms_norm_of_heads_at_size(dtype):
     x = real(dtype, 8, 2048, 16, 128).transpose(1, 2)
@@ -310,15 +446,42 @@ def test_rms_norm_of_heads_at_size(dtype):
 
 
 @gpu
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("how", GATED_NORMS)
+@pytest.mark.parametrize(
+    "rows, width, groups",
+    [(65536, 128, None), (8192, 4096, None), (2048, 16384, None), (4095, 5119, None), (8192, 8192, [8, 1024])],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_glu_at_size(dtype, activation):
+def test_gated_rms_norm_at_size(dtype, rows, width, groups, how):
+    x, gate, dy, w = real(dtype, rows, width), real(dtype, rows, width), real(dtype, rows, width), real(dtype, width)
+    compare(GATED, (x, gate, w, 1e-6, *GATED_NORMS[how], groups), rows)
+    compare(GATED_BACKWARD, (dy, x, gate, w, 1e-6, *GATED_NORMS[how], groups, True), rows)
+
+
+@gpu
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_glu_at_size(dtype, unit):
+    activation, *variant = unit = UNITS[unit]
     x = real(dtype, 8192, 2 * 14336 // 4 + 2)
     gate, up = x.chunk(2, -1)
-    compare(GLU, (gate.contiguous(), up.contiguous(), activation), 8192)
-    compare(GLU_BACKWARD, (real(dtype, *gate.shape), gate.contiguous(), up, activation), 8192)
-    compare(PACKED, (x, activation, True), 8192)
-    compare(PACKED_BACKWARD, (real(dtype, *gate.shape), x, activation, False), 8192)
+    compare(GLU, (gate.contiguous(), up.contiguous(), *unit), 8192)
+    compare(GLU_BACKWARD, (real(dtype, *gate.shape), gate.contiguous(), up, *unit), 8192)
+    compare(PACKED, (x, activation, True, *variant), 8192)
+    compare(PACKED_BACKWARD, (real(dtype, *gate.shape), x, activation, False, *variant), 8192)
+
+
+@gpu
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_interleaved_glu_at_size(dtype, unit):
+    activation, *variant = UNITS[unit]
+    variant += [*[1.0, None, 1.0, 0.0][len(variant) :], True]
+    x = real(dtype, 8192, 2 * 2880 + 2)
+    dy = real(dtype, 8192, 2881)
+    for gate_first in (True, False):
+        compare(PACKED, (x, activation, gate_first, *variant), 8192)
+        compare(PACKED_BACKWARD, (dy, x, activation, gate_first, *variant), 8192)
 
 
 @gpu
@@ -333,6 +496,19 @@ def test_rope_at_size(dtype, heads, kv_heads, width, rotated):
     compare(ROPE_PAIR, (q, k, cos, sin, False, False, rotated < width), 8192)
     gradients = real(dtype, *q.shape), real(dtype, *k.shape)
     compare(ROPE_PAIR_BACKWARD, (*gradients, cos, sin, dense(q), dense(k), dtype, False), 8192)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    "heads, kv_heads, width, rotated", [(16, 8, 128, 128), (40, 8, 128, 128), (8, 4, 256, 256), (12, 1, 96, 48)]
+)
+def test_norm_rope_at_size(dtype, heads, kv_heads, width, rotated):
+    q, k = (real(dtype, 2, 4096, n, width).transpose(1, 2) for n in (heads, kv_heads))
+    cos = real(dtype, 1, 1, 4096, rotated)
+    for rounding, offset in (("normed", 0.0), ("result", 1.0)):
+        how = (False, False, rotated < width)
+        compare_norm_rope(q, k, cos, dtype, rounding, offset, how, lambda d: d.contiguous(), 8192)
 
 
 @gpu

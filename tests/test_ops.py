@@ -44,6 +44,12 @@ def transposed(*shape):
     return fixed(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2).requires_grad_()
 
 
+def norm_rope(k=True, rows=5):
+    """q, k, their weights, cos and sin, of three heads and one."""
+    q, keys = fixed(2, rows, 3, 8).transpose(1, 2), fixed(2, rows, 1, 8).transpose(1, 2)
+    return q, keys if k else None, fixed(8), fixed(8) if k else None, fixed(rows, 6), fixed(rows, 6)
+
+
 TRANSFORM = (None, -100, 0.5, 3.0, 2.0, True, 0.0)
 PLAIN = (None, -100, 1.0, 1.0, 0.0, False, 0.0)
 ALL = (True, True, True)
@@ -67,6 +73,47 @@ SAMPLES = {
         lambda: ((fixed(4, 8), fixed(4, 8), fixed(8), 1e-6, 1.0, "result", False), {}),
         lambda: ((fixed(4, 8), fixed(8, 4).t(), None, 1e-6, 0.0, "factor", False), {}),
     ],
+    "add_rms_norm": [
+        lambda: ((fixed(4, 8), fixed(4, 8), fixed(8), 1e-6, 0.0, "normed"), {}),
+        lambda: ((half(2, 3, 8, grad=False), half(2, 3, 8, grad=False), fixed(8), 1e-6, 1.0, "factor"), {}),
+        lambda: ((fixed(0, 8), fixed(0, 8), None, 1e-6, 0.0, "result"), {}),
+    ],
+    "rms_norm_add": [
+        lambda: ((fixed(4, 8), fixed(4, 8), fixed(8), 1e-6, 0.0, "normed"), {}),
+        lambda: ((half(2, 3, 8, grad=False), fixed(2, 3, 8), fixed(8), 1e-6, 1.0, "normed"), {}),
+        lambda: ((fixed(0, 8), fixed(0, 8), None, 1e-6, 0.0, "result"), {}),
+    ],
+    "rms_norm_backward_add": [
+        lambda: (([fixed(4, 8)], fixed(4, 8), fixed(8), None, 1e-6, 0.0, "normed", True, True), {}),
+        lambda: (([fixed(4, 8)] * 3, fixed(4, 8), fixed(8), fixed(4, 8), 1e-6, 1.0, "result", False, False), {}),
+        lambda: (([fixed(4, 8)] * 2, fixed(4, 8), None, fixed(4, 8), 1e-6, 0.0, "factor", False, True), {}),
+        lambda: (([fixed(0, 8)], fixed(0, 8), fixed(8), None, 1e-6, 0.0, "normed", True, True), {}),
+    ],
+    "norm_rope": [
+        lambda: ((*norm_rope(), 1e-6, 0.0, "normed", False, False, False), {}),
+        lambda: ((*norm_rope(k=False), 1e-6, 1.0, "result", True, True, True), {}),
+        lambda: ((*norm_rope(rows=0), 1e-6, 0.0, "factor", False, False, False), {}),
+    ],
+    "norm_rope_backward": [
+        lambda: ((*norm_rope()[:2], *norm_rope(), 1e-6, 0.0, "normed", False, True), {}),
+        lambda: ((*norm_rope(k=False)[:2], *norm_rope(k=False), 1e-6, 1.0, "result", True, False), {}),
+        lambda: ((*norm_rope(rows=0)[:2], *norm_rope(rows=0), 1e-6, 0.0, "factor", False, True), {}),
+    ],
+    "gated_rms_norm": [
+        lambda: ((some(4, 8), some(4, 8), some(8), 1e-6), {}),
+        lambda: ((half(4, 8), some(4, 8), some(8), 1e-6, "sigmoid", True), {}),
+        lambda: ((transposed(2, 3, 8), half(2, 3, 8), half(8), 1e-6, "silu", False, "result"), {"groups": [2, 4]}),
+        lambda: ((fixed(4, 8), fixed(4, 8), some(8), 1e-6), {}),
+        lambda: ((some(4, 8), fixed(4, 8), fixed(8), 1e-6), {"gate_first": True}),
+        lambda: ((some(0, 8), some(0, 8), some(8), 1e-6), {}),
+    ],
+    "gated_rms_norm_backward": [
+        lambda: ((*(fixed(4, 8),) * 3, fixed(8), 1e-6, "silu", False, "normed", None, True), {}),
+        lambda: (
+            (fixed(4, 8), fixed(8, 4).t(), fixed(4, 8), fixed(8), 1e-6, "sigmoid", True, "result", [4, 2], False),
+            {},
+        ),
+    ],
     "masked_attention": [
         lambda: ((some(2, 4, 5, 8), some(2, 2, 7, 8), some(2, 2, 7, 8), torch.rand(2, 1, 5, 7) > 0.3), {}),
         lambda: ((some(2, 2, 5, 8), fixed(2, 2, 5, 8), some(2, 2, 5, 8)), {"seen": "q - k >= 0", "scale": 0.3}),
@@ -88,8 +135,11 @@ SAMPLES = {
         lambda: ((transposed(4, 8), some(4, 8), "gelu_tanh"), {}),
         lambda: ((some(4, 8), fixed(4, 8)), {}),
         lambda: ((some(0, 8), some(0, 8)), {}),
+        lambda: ((some(4, 8), some(4, 8), "relu2"), {"gate_scale": 0.5}),
+        lambda: ((some(4, 8), some(4, 8), "silu", 1.0, 0.9, 1.702, 1.0), {}),
     ],
     "glu_backward": [
+        lambda: ((fixed(4, 8), fixed(4, 8), fixed(4, 8), "relu"), {"limit": 0.9}),
         lambda: ((fixed(4, 8), fixed(4, 8), fixed(8, 4).t(), "silu"), {}),
         lambda: ((half(4, 8, grad=False),) * 3 + ("gelu_tanh",), {}),
     ],
@@ -98,8 +148,11 @@ SAMPLES = {
         lambda: ((half(2, 3, 8), "gelu", False), {}),
         lambda: ((transposed(4, 8), "gelu_tanh"), {}),
         lambda: ((some(0, 8),), {}),
+        lambda: ((some(4, 8), "relu"), {"limit": 0.9}),
+        lambda: ((transposed(4, 8), "silu", False, 1.0, 0.9, 1.702, 1.0, True), {}),
     ],
     "packed_glu_backward": [
+        lambda: ((fixed(4, 8), fixed(16, 4).t(), "silu", True, 1.0, 0.9, 1.702, 1.0, True), {}),
         lambda: ((fixed(4, 8), fixed(4, 16), "silu", True), {}),
         lambda: ((fixed(4, 8), fixed(16, 4).t(), "gelu", False), {}),
     ],
@@ -228,7 +281,10 @@ SAMPLES = {
 }
 
 
-SAMPLES |= {f"{name}_forward": SAMPLES[name] for name in ("rms_norm", "glu", "packed_glu", "rope", "rope_pair")}
+SAMPLES |= {
+    f"{name}_forward": SAMPLES[name]
+    for name in ("rms_norm", "gated_rms_norm", "glu", "packed_glu", "rope", "rope_pair")
+}
 
 
 def test_every_op_has_samples():
@@ -252,11 +308,37 @@ ERRORS = [
     (lambda: ops.rms_norm(some(4, 8), some(7), 1e-6), r"rms_norm: weight has shape \(7,\), x needs \[8\]"),
     (lambda: ops.rms_norm(some(4, 8), some(4, 8), 1e-6), r"rms_norm: weight has shape \(4, 8\), x needs \[8\]"),
     (lambda: ops.rms_norm(some(4, 8), some(8), 1e-6, 0.0, "late"), r"rounding is one of .*'normed'.*, not 'late'"),
+    (
+        lambda: OPS.add_rms_norm(fixed(4, 8), fixed(8, 4).t(), fixed(8), 1e-6, 0.0, "normed"),
+        "rms_norm: tensors that are added must be contiguous and of one shape",
+    ),
+    (
+        lambda: OPS.add_rms_norm(fixed(4, 8), half(4, 8, grad=False), fixed(8), 1e-6, 0.0, "normed"),
+        r"x is torch\.float32 and the residual torch\.bfloat16; they must be alike",
+    ),
+    (
+        lambda: OPS.rms_norm_add(fixed(4, 8), half(4, 8, grad=False), fixed(8), 1e-6, 0.0, "normed"),
+        r"the norm is torch\.float32 and the residual torch\.bfloat16; they must be alike",
+    ),
+    (
+        lambda: OPS.rms_norm_backward_add([], fixed(4, 8), None, None, 1e-6, 0.0, "normed", False, False),
+        r"dy is one to three tensors of a dtype, not \[\]",
+    ),
+    (lambda: ops.gated_rms_norm(some(4, 8), some(4, 1), some(8), 1e-6), r"gate has shape \(4, 1\), x needs \(4, 8\)"),
+    (lambda: ops.gated_rms_norm(some(4, 8), some(4, 8), some(4), 1e-6), r"weight has shape \(4,\), x needs \[8\]"),
+    (lambda: ops.gated_rms_norm(some(4, 8), some(4, 8), some(8), 1e-6, "gelu"), r"one of .*'sigmoid'.*, not 'gelu'"),
+    (lambda: ops.gated_rms_norm(some(4, 8), some(4, 8), some(8), 1e-6, rounding="factor"), r"one of .*, not 'factor'"),
+    (
+        lambda: ops.gated_rms_norm(some(4, 8), some(4, 8), some(8), 1e-6, groups=[3, 3]),
+        r"groups \[3, 3\] are not the 8",
+    ),
     (lambda: ops.glu(some(4, 8), some(4, 7)), r"glu: gate .*\(4, 8\) and up .*\(4, 7\) must be alike"),
     (lambda: ops.glu(some(4, 8), half(4, 8)), r"glu: gate torch\.float32.* and up torch\.bfloat16.* must be alike"),
-    (lambda: ops.glu(some(4, 8), some(4, 8), "relu"), r"activation is one of .*'silu'.*, not 'relu'"),
+    (lambda: ops.glu(some(4, 8), some(4, 8), "mish"), r"activation is one of .*'silu'.*, not 'mish'"),
+    (lambda: ops.glu(some(4, 8), some(4, 8), "relu", alpha=2.0), r"alpha is a factor of silu's .*, which 'relu'"),
+    (lambda: ops.glu(some(4, 8), some(4, 8), limit=-1.0), r"limit is -1.0; clamping to \[1.0, -1.0\] leaves nothing"),
     (lambda: ops.packed_glu(some(4, 7)), r"packed_glu: the last dimension, 7, must be even"),
-    (lambda: ops.packed_glu(some(4, 8), "relu"), r"activation is one of .*, not 'relu'"),
+    (lambda: ops.packed_glu(some(4, 8), "mish"), r"activation is one of .*, not 'mish'"),
     (lambda: ops.rope(some(4, 8), fixed(4, 8), fixed(4, 6)), r"rope: cos .*\(4, 8\) and sin .*\(4, 6\) must be alike"),
     (lambda: ops.rope(some(4, 8), fixed(4, 8), half(4, 8, grad=False)), r"cos .*float32.* and sin .*bfloat16"),
     (lambda: ops.rope(some(4, 8), fixed(4, 5), fixed(4, 5)), r"cos has 5 components, which must be even"),
@@ -425,6 +507,10 @@ def test_integers_have_no_gradient():
 C = fixed(5, 8)
 TWICE = {
     "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-6), lambda: (some(5, 8), some(8))),
+    "gated_rms_norm": (
+        lambda x, g, w: ops.gated_rms_norm(x, g, w, 1e-6),
+        lambda: (some(5, 8), some(5, 8), some(8)),
+    ),
     "glu": (ops.glu, lambda: (some(5, 8), some(5, 8))),
     "packed_glu": (ops.packed_glu, lambda: (some(5, 8),)),
     "linear_cross_entropy": (lambda h, w: ops.linear_cross_entropy(h, w, None, Y), lambda: (some(4, 8), some(7, 8))),

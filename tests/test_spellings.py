@@ -161,6 +161,139 @@ def test_rms_norm_module():
     assert report_of(nn.RMSNorm(16, elementwise_affine=False), torch.randn(3, 16)).counts == {"rms_norm": 1}
 
 
+# ---- RMSNorm with a gate ------------------------------------------------------------------------------------------
+
+
+def mean_square(h):
+    return h.pow(2).mean(-1, keepdim=True)
+
+
+def gated_qwen(x, g, w):
+    dtype = x.dtype
+    x = x.to(torch.float32)
+    x = x * torch.rsqrt(mean_square(x) + 1e-6)
+    x = w * x.to(dtype)
+    x = x * F.silu(g.to(torch.float32))
+    return x.to(dtype)
+
+
+def gated_other_order(x, g, w):
+    h = x.float()
+    normed = (h / torch.sqrt((h * h).mean(-1, True) + 1e-6)).type_as(x) * w
+    return (F.silu(g.float()) * normed).type_as(x)
+
+
+def gated_by_sigmoid_product(x, g, w):
+    g = g.float()
+    return (norm_llama(x, w) * (g * torch.sigmoid(g))).to(x.dtype)
+
+
+def gated_kimi(x, g, w):
+    h = x.to(torch.float32)
+    h = w.to(torch.float32) * (h * torch.rsqrt(mean_square(h) + 1e-6))
+    return (h * torch.sigmoid(g.to(torch.float32))).to(x.dtype)
+
+
+def gated_silu_of_result(x, g, w):
+    h = x.float()
+    return (h * torch.rsqrt(mean_square(h) + 1e-6) * w.float() * F.silu(g.float())).type_as(x)
+
+
+def gated_mamba(x, g, w):
+    h = x.to(torch.float32) * F.silu(g.to(torch.float32))
+    return w * (h * torch.rsqrt(mean_square(h) + 1e-6)).to(x.dtype)
+
+
+def gated_mamba_by_exponential(x, g, w):
+    g = g.float()
+    h = g / (1 + torch.exp(-g)) * x.float()
+    return (h * (h.square().sum(-1, keepdim=True) / h.shape[-1] + 1e-6) ** -0.5).type_as(x) * w
+
+
+def gated_zamba(x, g, w):
+    h = x.to(torch.float32) * F.silu(g.to(torch.float32))
+    *lead, width = h.shape
+    parts = h.view(*lead, 2, width // 2)
+    parts = parts * torch.rsqrt(mean_square(parts) + 1e-6)
+    return w * parts.view(*lead, width).to(x.dtype)
+
+
+def gated_unflattened(x, g, w):
+    parts = (F.silu(g.float()) * x.float()).unflatten(-1, (2, 8))
+    return (parts * torch.rsqrt(mean_square(parts) + 1e-6)).flatten(-2).type_as(x) * w
+
+
+GATED = [f for name, f in list(globals().items()) if name.startswith("gated_")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("function", GATED, ids=lambda f: f.__name__)
+def test_gated_rms_norm(function, dtype):
+    x, g, w = torch.randn(3, 5, 16, dtype=dtype), torch.randn(3, 5, 16, dtype=dtype), torch.randn(16, dtype=dtype)
+    report = report_of(function, x, g, w)
+    assert report.counts == {"gated_rms_norm": 1}, report
+    after = report.graphs[0].after
+    assert not any(name in after.code for name in ("rsqrt", "mean", "functional", "torch.sigmoid")), after.code
+    torch.testing.assert_close(after(*ordered(report, x=x, g=g, w=w))[0], function(x, g, w), rtol=2e-2, atol=2e-2)
+
+
+def test_gate_of_another_dtype():
+    """The state-space model's output is float32, the gate is not."""
+    x, g, w = torch.randn(3, 5, 16), torch.randn(3, 5, 16).bfloat16(), torch.randn(16).bfloat16()
+    for function in (gated_mamba, gated_qwen, gated_zamba):
+        report = report_of(function, x, g, w)
+        assert report.counts == {"gated_rms_norm": 1}, report
+        torch.testing.assert_close(report.graphs[0].after(*ordered(report, x=x, g=g, w=w))[0], function(x, g, w))
+
+
+def over_tokens(x, g, w):
+    parts = (x * F.silu(g)).view(3, 5, 2, 8).transpose(-1, -2)
+    return w * (parts * torch.rsqrt(mean_square(parts) + 1e-6)).transpose(-1, -2).reshape(3, 5, 16)
+
+
+def over_several_tokens(x, g, w):
+    parts = (x * F.silu(g)).view(3, 1, 80)
+    return w * (parts * torch.rsqrt(mean_square(parts) + 1e-6)).view(3, 5, 16)
+
+
+def in_groups_with_a_weight_for_all(x, g, w):
+    parts = (x * F.silu(g)).view(3, 5, 2, 8)
+    return w[:8] * (parts * torch.rsqrt(mean_square(parts) + 1e-6))
+
+
+NOT_GATED = {
+    # what is not the norm with its gate is at most the one and the other
+    "gate broadcasts": (lambda x, g, w: norm_llama(x, w) * F.silu(g[..., :1]), {"rms_norm": 1}),
+    "weight for each token": (lambda x, g, w: norm_llama(x, x.cos()) * F.silu(g), None),
+    "normalised value used": (lambda x, g, w: (lambda y: y * F.silu(g) + y)(norm_llama(x, w)), {"rms_norm": 1, "swiglu": 1}),
+    "gate used": (lambda x, g, w: (lambda a: norm_llama(x, w) * a + a)(F.silu(g)), {"rms_norm": 1}),
+    "gate computed from the norm": (lambda x, g, w: (lambda y: y * F.silu(y @ w.outer(w)))(norm_llama(x, w)), {"rms_norm": 1, "swiglu": 1}),
+    "statistics of the value without its gate": (lambda x, g, w: w * (x * F.silu(g) * torch.rsqrt(mean_square(x) + 1e-6)), None),
+    "statistics of the gate": (lambda x, g, w: w * (x * F.silu(g) * torch.rsqrt(mean_square(F.silu(g)) + 1e-6)), None),
+    "statistics with another gate": (lambda x, g, w: w * (x * F.silu(g) * torch.rsqrt(mean_square(x * F.silu(-g)) + 1e-6)), None),
+    "other activation": (lambda x, g, w: norm_llama(x, w) * F.elu(g), {"rms_norm": 1}),
+    "LayerNorm": (lambda x, g, w: norm_llama(x - x.mean(-1, keepdim=True), w) * F.silu(g), {"swiglu": 1}),
+    "gated by itself": (lambda x, g, w: (lambda y: y * F.silu(y))(norm_llama(x, w)) + g, {"rms_norm": 1, "swiglu": 1}),
+    "gated twice": (lambda x, g, w: norm_llama(x, w) * F.silu(g) * F.silu(-g), {"gated_rms_norm": 1, "swiglu": 1}),
+    "sum for mean": (lambda x, g, w: w * (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6)) * F.silu(g), None),
+    "groups across": (over_tokens, None),
+    "groups of several tokens": (over_several_tokens, None),
+    "groups that stay": (in_groups_with_a_weight_for_all, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_GATED)
+def test_what_is_no_gated_norm(name):
+    function, expected = NOT_GATED[name]
+    x, g, w = torch.randn(3, 5, 16), torch.randn(3, 5, 16), torch.randn(16)
+    report = report_of(function, x, g, w)
+    if expected is None:
+        assert "gated_rms_norm" not in report.counts, report
+    else:
+        assert report.counts == expected, report
+    torch.testing.assert_close(report.graphs[0].after(*ordered(report, x=x, g=g, w=w))[0], function(x, g, w))
+
+
 # ---- SwiGLU -------------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +423,20 @@ def packed_select(h):
     return F.silu(pair.select(2, 0)) * pair.select(-2, 1)
 
 
+def packed_interleaved(h):
+    return F.silu(h[..., ::2]) * h[..., 1::2]
+
+
+def packed_interleaved_pairs(h):
+    up, gate = h.unflatten(-1, (-1, 2)).unbind(-1)
+    return up * F.silu(gate)
+
+
+def packed_interleaved_select(h):
+    pairs = h.view(3, 5, 8, 2)
+    return F.silu(pairs[..., 0]) * pairs.select(-1, 1)
+
+
 PACKED = [f for name, f in list(globals().items()) if name.startswith("packed_")]
 
 
@@ -309,6 +456,149 @@ def test_geglu():
         assert report_of(
             lambda h, a=approximate: (lambda x, y: x * F.gelu(y, approximate=a))(*h.chunk(2, -1)), g
         ).counts == {"packed_geglu": 1}
+
+
+def oai_gpt_oss(h):
+    gate, up = h[..., ::2], h[..., 1::2]
+    gate = gate.clamp(min=None, max=0.7)
+    up = up.clamp(min=-0.7, max=0.7)
+    glu = gate * torch.sigmoid(gate * 1.702)
+    return (up + 1) * glu
+
+
+def oai_minimax(h):
+    gate, up = h.chunk(2, dim=-1)
+    gate = torch.clamp(gate, max=0.7)
+    up = up.clip(-0.7, 0.7)
+    return gate * torch.sigmoid(1.702 * gate) * (1.0 + up)
+
+
+def oai_up_first(h):
+    up, gate = h.view(3, 5, 8, 2).unbind(-1)
+    gate = gate.clamp_max(0.7)
+    return (torch.clamp(up, -0.7, max=0.7) + 1) * gate * F.sigmoid(gate * 1.702)
+
+
+def oai_slices(h):
+    gate, up = h[..., :8].clamp(max=0.7), h[..., 8:].clip(min=-0.7, max=0.7)
+    return torch.mul(gate * (gate * 1.702).sigmoid(), torch.add(up, 1))
+
+
+OAI = [f for name, f in list(globals().items()) if name.startswith("oai_")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("function", OAI, ids=lambda f: f.__name__)
+def test_swiglu_oai(function, dtype):
+    h = torch.randn(3, 5, 16, dtype=dtype)
+    report = report_of(function, h)
+    assert report.counts == {"packed_swiglu": 1} and "sigmoid" not in report.graphs[0].after.code, report
+    torch.testing.assert_close(report.graphs[0].after(h)[0], function(h))
+
+
+def variant_squared_relu(g, u):
+    return F.relu(g) ** 2 * u
+
+
+def variant_relu_times_itself(g, u):
+    r = torch.relu(g)
+    return u * (r * r)
+
+
+def variant_relu(g, u):
+    return u * g.relu()
+
+
+def variant_scaled(g, u):
+    return u * F.silu(g * 0.7)
+
+
+def variant_clamped(g, u):
+    return F.silu(g.clamp(max=0.9)) * torch.clamp(u, min=-0.9, max=0.9)
+
+
+def variant_clamped_and_shifted(g, u):
+    g = g.clamp(max=0.9)
+    return (u.clamp(-0.9, 0.9) + 1) * (g * torch.sigmoid(g * 1.702))
+
+
+def variant_not_clamped(g, u):
+    return F.silu(g).clamp(max=float("inf")) * u.clamp(min=float("-inf"), max=float("inf"))
+
+
+VARIANTS = [f for name, f in list(globals().items()) if name.startswith("variant_")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("function", VARIANTS, ids=lambda f: f.__name__)
+def test_other_units(function, dtype):
+    g, u = torch.randn(4, 6, dtype=dtype), torch.randn(4, 6, dtype=dtype)
+    report = report_of(function, g, u)
+    assert sum(report.counts.values()) == 1 and not report.misses, report
+    after = report.graphs[0].after
+    assert not any(n.op == "call_function" and "liger" not in str(n.target) for n in after.graph.nodes), after.code
+    assert not any(n.op == "call_method" for n in after.graph.nodes), after.code
+    torch.testing.assert_close(after(*ordered(report, g=g, u=u))[0], function(g, u))
+
+
+def used_before_the_clamp(g, u):
+    return F.silu(g) * u.clamp(-0.9, 0.9) + g.clamp(max=0.9)
+
+
+PARTLY = {
+    # what is not part of any unit stays in the graph, which computes the same
+    "gate clamped from below": (lambda g, u: F.silu(g.clamp(min=-0.9)) * u.clamp(-0.9, 0.9), ["clamp", "clamp"]),
+    "gate clamped on both sides": (lambda g, u: F.silu(g.clamp(-0.9, 0.9)) * u.clamp(-0.9, 0.9), ["clamp", "clamp"]),
+    "up clamped on one side": (lambda g, u: F.silu(g.clamp(max=0.9)) * u.clamp(max=0.9), ["clamp", "clamp"]),
+    "bounds that differ": (lambda g, u: F.silu(g.clamp(max=0.9)) * u.clamp(-0.8, 0.8), ["clamp", "clamp"]),
+    "bounds that are not opposite": (lambda g, u: F.silu(g.clamp(max=0.9)) * u.clamp(-0.8, 0.9), ["clamp", "clamp"]),
+    "gate and up swapped": (lambda g, u: F.silu(g.clamp(-0.9, 0.9)) * u.clamp(max=0.9), ["clamp", "clamp"]),
+    "clamped behind the activation": (lambda g, u: F.silu(g).clamp(max=0.1) * u, None),
+    "clamped in one place": (used_before_the_clamp, ["clamp", "add", "clamp"]),
+    "divided": (lambda g, u: F.silu(g / 0.7) * u, ["truediv"]),
+    "scaled gate used": (lambda g, u: (lambda h: F.silu(h) * u + h)(g * 0.7), ["mul", "add"]),
+    "up scaled": (lambda g, u: F.silu(g) * (u * 0.7), ["mul"]),
+    "scaled by a tensor": (lambda g, u: F.silu(g * u[0, 0]) * u, ["getitem", "mul"]),
+    "shifted without clamps": (lambda g, u: (u + 1) * F.silu(g), ["add"]),
+    "negative limit": (lambda g, u: F.silu(g.clamp(max=-0.9)) * u.clamp(0.9, -0.9), None),
+    "alpha at the gate alone": (lambda g, u: (u.clamp(-2, 2) + 1) * (g.clamp(max=2) * torch.sigmoid(1.7 * g)), None),
+    "alpha outside the sigmoid": (lambda g, u: g * (torch.sigmoid(g) * 1.7) * u, None),
+    "sigmoid of up": (lambda g, u: (u.clamp(-2, 2) + 1) * (g.clamp(max=2) * torch.sigmoid(1.7 * u)), None),
+    "other limits in the parts": (
+        lambda g, u: (u.clamp(-2, 2) + 1) * (g.clamp(max=2) * torch.sigmoid(1.7 * g.clamp(max=1))), None
+    ),
+    "cubed": (lambda g, u: F.relu(g) ** 3 * u, None),
+    "broadcast": (lambda g, u: F.relu(g[:1]) ** 2 * u, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTLY)
+def test_what_is_not_a_variant(name):
+    function, left = PARTLY[name]
+    g, u = torch.randn(4, 6), torch.randn(4, 6)
+    report = report_of(function, g, u)
+    after = report.graphs[0].after
+    if left is None:
+        assert report.counts == {}, report
+    else:
+        assert report.counts == {"swiglu": 1}, report
+        calls = [n for n in after.graph.nodes if n.op.startswith("call") and "liger" not in str(n.target)]
+        assert sorted(getattr(n.target, "__name__", n.target) for n in calls) == sorted(left), after.code
+    torch.testing.assert_close(after(*ordered(report, g=g, u=u))[0], function(g, u))
+
+
+def strided_by_three(h):
+    return F.silu(h[..., ::3]) * h[..., 1::3]
+
+
+def from_the_second_on(h):
+    return F.silu(h[..., 1::2]) * h[..., 1::2].sin()
+
+
+@pytest.mark.parametrize("function", [strided_by_three, from_the_second_on])
+def test_not_interleaved(function):
+    h = torch.randn(4, 18)
+    assert report_of(function, h).counts in ({"swiglu": 1}, {})
 
 
 # ---- RoPE ---------------------------------------------------------------------------------------------------------
@@ -813,7 +1103,7 @@ NEAR_MISSES = [
     ("rms_norm", r"sqrt.*rsqrt", lambda x, w: w * (x * torch.sqrt(x.pow(2).mean(-1, True) + 1e-6)), (X, W)),
     ("rms_norm", r"mean.*add", lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, True))), (X, W)),
     ("rms_norm", r"sub.*add|LayerNorm", lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, True) - 1e-6)), (X, W)),
-    ("rms_norm", r"in one place", lambda x, w: w * (x.relu() * torch.rsqrt(x.pow(2).mean(-1, True) + 1e-6)), (X, W)),
+    ("rms_norm", r"in one place", lambda x, w: w * (x.tanh() * torch.rsqrt(x.pow(2).mean(-1, True) + 1e-6)), (X, W)),
     ("rms_norm", r"LayerNorm", lambda x, w: F.rms_norm(x - x.mean(-1, keepdim=True), (16,), w), (X, W)),
     ("rms_norm", r"after add_", norm_mutated, (X, W)),
     ("rms_norm", r"variance is returned", norm_statistics_used, (X, W)),
@@ -821,7 +1111,8 @@ NEAR_MISSES = [
     ("rms_norm", r"float64", lambda x, w: normed(x, w), (X.double(), W.double())),
     ("rms_norm", r"detach", lambda x, w: w * (x * torch.rsqrt(x.detach().pow(2).mean(-1, True) + 1e-6)), (X, W)),
     ("rms_norm", r"True.*False|False.*True", lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1) + 1e-6)), (X[0, 0], W)),
-    ("swiglu", r"relu.*silu", lambda g, u: F.relu(g) * u, (G, U)),
+    ("swiglu", r"elu.*silu", lambda g, u: F.elu(g) * u, (G, U)),
+    ("reglu", r"pow.*square", lambda g, u: F.relu(g) ** 3 * u, (G, U)),
     ("swiglu", r"sigmoid.*silu", lambda g, u: torch.sigmoid(g) * u, (G, U)),
     ("swiglu", r"mish.*silu", lambda g, u: F.mish(g) * u, (G, U)),
     ("swiglu", r"add.*mul", lambda g, u: F.silu(g) + u, (G, U)),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,8 +16,11 @@ BLOCK = 2048
 WARPS = 8
 """Eight elements a thread: one 16-byte access per operand in half precision, and enough programs for any size."""
 
-SILU, GELU, GELU_TANH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+SILU, GELU, GELU_TANH, RELU, RELU2 = (tl.constexpr(i) for i in range(5))
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
+
+APART, GATE_FIRST, UP_FIRST = (tl.constexpr(i) for i in range(3))
+"""Where gate and up are: in rows of their own, or alternating in one row that begins with the one or the other."""
 
 
 @triton.jit
@@ -26,11 +32,19 @@ def _tanh(x):
 
 
 @triton.jit
-def _activate(g, ACTIVATION: tl.constexpr):
-    """act(g) and its derivative in float32; what the caller does not use is not computed."""
+def _activate(g, alpha, ACTIVATION: tl.constexpr):
+    """act(g) and its derivative (of relu and relu2, that for positive g) in float32; what the caller does not use is
+    not computed."""
     if ACTIVATION == SILU:
-        s = tl.sigmoid(g)
-        y, slope = g * s, s * (1.0 + g * (1.0 - s))
+        scaled = tl.cast(alpha, tl.float32) * g
+        s = tl.sigmoid(scaled)
+        y, slope = g * s, s * (1.0 + scaled * (1.0 - s))
+    elif ACTIVATION == RELU:
+        y = tl.where(g <= 0.0, 0.0, g)  # a NaN stays one
+        slope = tl.full(g.shape, 1.0, tl.float32)
+    elif ACTIVATION == RELU2:
+        y = tl.where(g <= 0.0, 0.0, g)
+        y, slope = y * y, 2.0 * y
     elif ACTIVATION == GELU:
         cdf = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
         y, slope = g * cdf, cdf + g * tl.exp(-0.5 * g * g) * 0.3989422804014327
@@ -51,6 +65,40 @@ def _at(n_cols, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _load(gate_ptr, up_ptr, gate_stride, up_stride, n_cols, PACKING: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's gate and up. Where they alternate, they are read as they lie, 16 bytes a thread, and told apart on
+    the chip: two loads of every other element would be of 2 bytes, and fetch each sector twice."""
+    row, cols = _at(n_cols, BLOCK)
+    if PACKING == APART:
+        g = tl.load(gate_ptr + row * gate_stride + cols, mask=cols < n_cols, other=0.0)
+        u = tl.load(up_ptr + row * up_stride + cols, mask=cols < n_cols, other=0.0)
+    else:
+        both = _both(BLOCK)
+        first, second = tl.split(tl.reshape(tl.load(gate_ptr + both, mask=both < 2 * n_cols, other=0.0), (BLOCK, 2)))
+        g, u = (first, second) if PACKING == GATE_FIRST else (second, first)
+    return g, u
+
+
+@triton.jit
+def _both(BLOCK: tl.constexpr):
+    """Where this program's gates and ups lie, of one row in which they alternate."""
+    return tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+
+
+@triton.jit
+def _factors(g, u, gate_scale, limit, up_offset, PLAIN: tl.constexpr):
+    """What the activation is taken of, and what multiplies it, in float32, rounded as the model does."""
+    gate, up = g.to(tl.float32), u.to(tl.float32)
+    if not PLAIN:
+        most = tl.cast(limit, tl.float32)
+        gate = (gate * tl.cast(gate_scale, tl.float32)).to(g.dtype).to(tl.float32)
+        gate = tl.where(gate > most, most, gate).to(g.dtype).to(tl.float32)  # a NaN stays one
+        up = tl.where(up > most, most, tl.where(up < -most, -most, up)) + tl.cast(up_offset, tl.float32)
+        up = up.to(g.dtype).to(tl.float32)
+    return gate, up
+
+
+@triton.jit
 def _forward(
     gate_ptr,
     up_ptr,
@@ -59,16 +107,22 @@ def _forward(
     gate_stride,
     up_stride,
     y_stride,
+    gate_scale,
+    limit,
+    alpha,
+    up_offset,
     ACTIVATION: tl.constexpr,
+    PLAIN: tl.constexpr,
+    PACKING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """y = act(gate) * up. Per element: gate and up read once, y written once."""
     row, cols = _at(n_cols, BLOCK)
     mask = cols < n_cols
-    g = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0)
-    u = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0)
-    activated, _slope = _activate(g.to(tl.float32), ACTIVATION)
-    y = activated.to(g.dtype).to(tl.float32) * u.to(tl.float32)
+    g, u = _load(gate_ptr, up_ptr, gate_stride, up_stride, n_cols, PACKING, BLOCK)
+    gate, up = _factors(g, u, gate_scale, limit, up_offset, PLAIN)
+    activated, _slope = _activate(gate, alpha, ACTIVATION)
+    y = activated.to(g.dtype).to(tl.float32) * up
     tl.store(y_ptr + row * y_stride + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -85,19 +139,40 @@ def _backward(
     up_stride,
     dgate_stride,
     dup_stride,
+    gate_scale,
+    limit,
+    alpha,
+    up_offset,
     ACTIVATION: tl.constexpr,
+    PLAIN: tl.constexpr,
+    PACKING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """dgate = dy * up * act'(gate), dup = dy * act(gate). Per element: three reads, two writes."""
     row, cols = _at(n_cols, BLOCK)
     mask = cols < n_cols
     dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0)
-    u = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    activated, slope = _activate(g.to(tl.float32), ACTIVATION)
+    g, u = _load(gate_ptr, up_ptr, gate_stride, up_stride, n_cols, PACKING, BLOCK)
+    gate, up = _factors(g, u, gate_scale, limit, up_offset, PLAIN)
+    activated, slope = _activate(gate, alpha, ACTIVATION)
+    dgate = dy * up * slope
     dup = dy * activated.to(g.dtype).to(tl.float32)
-    tl.store(dgate_ptr + row * dgate_stride + cols, (dy * u * slope).to(dgate_ptr.dtype.element_ty), mask=mask)
-    tl.store(dup_ptr + row * dup_stride + cols, dup.to(dup_ptr.dtype.element_ty), mask=mask)
+    if ACTIVATION == RELU or ACTIVATION == RELU2:  # noqa: SIM109
+        # Chosen, not multiplied: a zero also where up is not finite.
+        dgate = tl.where(gate <= 0.0, 0.0, dgate)
+    if not PLAIN:
+        most = tl.cast(limit, tl.float32)
+        scaled = g.to(tl.float32) * tl.cast(gate_scale, tl.float32)
+        dgate = tl.where(scaled.to(g.dtype).to(tl.float32) <= most, dgate * tl.cast(gate_scale, tl.float32), 0.0)
+        dup = tl.where(tl.abs(u.to(tl.float32)) <= most, dup, 0.0)
+    dgate, dup = dgate.to(dgate_ptr.dtype.element_ty), dup.to(dgate_ptr.dtype.element_ty)
+    if PACKING == APART:
+        tl.store(dgate_ptr + row * dgate_stride + cols, dgate, mask=mask)
+        tl.store(dup_ptr + row * dup_stride + cols, dup, mask=mask)
+    else:
+        both = _both(BLOCK)
+        pairs = tl.interleave(dgate, dup) if PACKING == GATE_FIRST else tl.interleave(dup, dgate)
+        tl.store(dgate_ptr + both, pairs, mask=both < 2 * n_cols)
 
 
 def _matrix(*tensors: Tensor) -> tuple[int, int, list[int], tuple[Tensor, ...]]:
@@ -112,35 +187,64 @@ def _matrix(*tensors: Tensor) -> tuple[int, int, list[int], tuple[Tensor, ...]]:
     raise AssertionError("contiguous tensors of one shape are one row")
 
 
-def _run_forward(gate: Tensor, up: Tensor, y: Tensor, activation: str) -> Tensor:
+def _how(activation: str, gate_scale: float, limit: float | None, alpha: float, up_offset: float) -> dict[str, Any]:
+    """The arguments of a kernel that say which unit it is. The plain one, without clamps, scale and offset, is compiled
+    by itself; those of the others are not compiled in, but `alpha`, a factor where there are exponentials, never is."""
+    plain = gate_scale == 1 and limit is None and up_offset == 0
+    return {
+        "gate_scale": float(gate_scale),
+        "limit": math.inf if limit is None else float(limit),
+        "alpha": float(alpha),
+        "up_offset": float(up_offset),
+        "ACTIVATION": _ACTIVATIONS[activation],
+        "PLAIN": plain,
+        "BLOCK": BLOCK,
+        "num_warps": WARPS,
+    }
+
+
+def _run_forward(gate: Tensor, up: Tensor, y: Tensor, how: dict[str, Any]) -> Tensor:
     if y.numel() == 0:
         return y
     n_rows, n_cols, strides, (gate, up, out) = _matrix(gate, up, y)
-    _forward[(n_rows * triton.cdiv(n_cols, BLOCK),)](
-        gate, up, out, n_cols, *strides, ACTIVATION=_ACTIVATIONS[activation], BLOCK=BLOCK, num_warps=WARPS
-    )
+    _forward[(n_rows * triton.cdiv(n_cols, BLOCK),)](gate, up, out, n_cols, *strides, PACKING=APART, **how)
     return out if out is y else y.copy_(out)
 
 
-def _run_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, activation: str) -> None:
+def _run_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, how: dict[str, Any]) -> None:
     if dy.numel() == 0:
         return
     n_rows, n_cols, strides, tensors = _matrix(dy, gate, up, dgate, dup)
-    _backward[(n_rows * triton.cdiv(n_cols, BLOCK),)](
-        *tensors, n_cols, *strides, ACTIVATION=_ACTIVATIONS[activation], BLOCK=BLOCK, num_warps=WARPS
-    )
+    _backward[(n_rows * triton.cdiv(n_cols, BLOCK),)](*tensors, n_cols, *strides, PACKING=APART, **how)
     for wanted, written in zip((dgate, dup), tensors[3:], strict=True):
         if written is not wanted:
             wanted.copy_(written)
 
 
-def forward(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    return _run_forward(gate, up, torch.empty_like(gate), activation)
+def forward(
+    gate: Tensor,
+    up: Tensor,
+    activation: str = "silu",
+    gate_scale: float = 1.0,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+) -> Tensor:
+    return _run_forward(gate, up, torch.empty_like(gate), _how(activation, gate_scale, limit, alpha, up_offset))
 
 
-def backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def backward(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    gate_scale: float = 1.0,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    _run_backward(dy, gate, up, dgate, dup, activation)
+    _run_backward(dy, gate, up, dgate, dup, _how(activation, gate_scale, limit, alpha, up_offset))
     return dgate, dup
 
 
@@ -149,12 +253,46 @@ def _halves(x: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
     return (first, second) if gate_first else (second, first)
 
 
-def packed_forward(x: Tensor, activation: str = "silu", gate_first: bool = True) -> Tensor:
-    gate, up = _halves(x, gate_first)
-    return _run_forward(gate, up, x.new_empty(gate.shape), activation)
+def packed_forward(
+    x: Tensor,
+    activation: str = "silu",
+    gate_first: bool = True,
+    gate_scale: float = 1.0,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+    interleaved: bool = False,
+) -> Tensor:
+    how = _how(activation, gate_scale, limit, alpha, up_offset)
+    y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+    if not interleaved:
+        return _run_forward(*_halves(x, gate_first), y, how)
+    if y.numel():
+        x, n = x.contiguous(), y.numel()
+        packing = GATE_FIRST if gate_first else UP_FIRST
+        _forward[(triton.cdiv(n, BLOCK),)](x, x, y, n, 0, 0, 0, PACKING=packing, **how)
+    return y
 
 
-def packed_backward(dy: Tensor, x: Tensor, activation: str, gate_first: bool) -> Tensor:
+def packed_backward(
+    dy: Tensor,
+    x: Tensor,
+    activation: str,
+    gate_first: bool,
+    gate_scale: float = 1.0,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+    interleaved: bool = False,
+) -> Tensor:
+    how = _how(activation, gate_scale, limit, alpha, up_offset)
     dx = torch.empty_like(x)
-    _run_backward(dy, *_halves(x, gate_first), *_halves(dx, gate_first), activation)
+    if not interleaved:
+        _run_backward(dy, *_halves(x, gate_first), *_halves(dx, gate_first), how)
+    elif x.numel():
+        dy, x, n = dy.contiguous(), x.contiguous(), dy.numel()
+        out = dx if dx.is_contiguous() else torch.empty_like(x)
+        packing = GATE_FIRST if gate_first else UP_FIRST
+        _backward[(triton.cdiv(n, BLOCK),)](dy, x, x, out, out, n, 0, 0, 0, 0, 0, PACKING=packing, **how)
+        dx = out if out is dx else dx.copy_(out)
     return dx

@@ -4,7 +4,9 @@ Each has a fake implementation, a registered autograd formula, Triton kernels on
 every other device. They can also be called directly: `liger_compile.ops.rms_norm(x, weight, 1e-6)`.
 """
 
+from . import norm_rope as _norm_rope  # noqa: F401  (for `fuse.py`)
 from .embedding import embedding
+from .gated_rms_norm import gated_rms_norm
 from .glu import glu, packed_glu
 from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_lse
 from .masked_attention import masked_attention
@@ -15,6 +17,7 @@ __all__ = [
     "complex_rope",
     "complex_rope_pair",
     "embedding",
+    "gated_rms_norm",
     "glu",
     "linear_cross_entropy",
     "linear_cross_entropy_lse",

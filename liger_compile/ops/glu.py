@@ -1,13 +1,20 @@
 """The gated linear unit of language models' MLPs: `y = act(gate) * up`.
 
-`glu(gate, up, activation="silu") -> y`: gate and up [..., I], one dtype, any strides; y has their shape and gate's
-strides, made dense.
-`packed_glu(x, activation="silu", gate_first=True) -> y`: both halves of x [..., 2I] at once, the gate first or second;
-y is [..., I], contiguous. Its backward writes the gradient of x directly, without a concatenation.
+`glu(gate, up, activation="silu", gate_scale=1.0, limit=None, alpha=1.0, up_offset=0.0) -> y`: gate and up [..., I], of
+one dtype, any strides; y has their shape and gate's strides, made dense.
+`packed_glu(x, activation="silu", gate_first=True, ..., interleaved=False) -> y`: both halves of x [..., 2I] at once,
+the gate first or second, or alternating if `interleaved`; y is [..., I], contiguous. Its backward writes the gradient
+of x directly, without a concatenation.
 
-float32, bfloat16 or float16. The activation ("silu", "gelu" or "gelu_tanh") is computed in float32 and rounded to the
-dtype before the product, as in eager.
-Formulas: Shazeer, GLU Variants Improve Transformer, 2020 (arXiv:2002.05202).
+`y = act(min(gate_scale * gate, limit)) * (clamp(up, -limit, limit) + up_offset)`, without clamps if `limit` is None;
+act is
+
+- "silu": z sigmoid(alpha z), "gelu", "gelu_tanh", "relu", "relu2": relu(z)^2.
+
+float32, bfloat16 or float16. The scaled gate, the activation and the shifted up are computed in float32 and rounded to
+the dtype before they are used, as in eager.
+Formulas: Shazeer, GLU Variants Improve Transformer, 2020 (arXiv:2002.05202); relu2: So et al., Primer, 2021
+(arXiv:2109.08668).
 """
 
 from __future__ import annotations
@@ -21,25 +28,37 @@ from torch import Tensor
 
 from ._library import define, define_forward, dense_like, kernel, once_differentiable
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
-def _check(gate: Tensor, up: Tensor, activation: str) -> None:
+def _check(gate: Tensor, up: Tensor, activation: str, alpha: float = 1.0, limit: float | None = None) -> None:
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"glu: gate {gate.dtype}{tuple(gate.shape)} and up {up.dtype}{tuple(up.shape)} must be alike")
     if activation not in ACTIVATIONS:
         raise ValueError(f"glu: activation is one of {ACTIVATIONS}, not {activation!r}")
+    if alpha != 1 and activation != "silu":
+        raise ValueError(f"glu: alpha is a factor of silu's sigmoid, which {activation!r} does not have")
+    if limit is not None and limit < 0:
+        raise ValueError(f"glu: limit is {limit}; clamping to [{-limit}, {limit}] leaves nothing")
 
 
-def _activate(x: Tensor, activation: str) -> Tensor:
-    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+def _activate(x: Tensor, activation: str, alpha: float) -> Tensor:
+    if activation == "silu":
+        return F.silu(x) if alpha == 1 else x * torch.sigmoid(x * alpha)
+    if activation in ("relu", "relu2"):
+        return F.relu(x) if activation == "relu" else F.relu(x).square()
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def _activation_and_slope(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """act(g) and its derivative, in g's dtype."""
-    if activation == "silu":  # g s(g); s + g s (1 - s)
-        s = torch.sigmoid(g)
-        return g * s, s * (1 + g * (1 - s))
+def _activation_and_slope(g: Tensor, activation: str, alpha: float) -> tuple[Tensor, Tensor]:
+    """act(g) and its derivative, in g's dtype; of relu and relu2, that for positive g."""
+    if activation == "silu":  # g s(a g); s + g a s (1 - s)
+        s = torch.sigmoid(alpha * g)
+        return g * s, s * (1 + alpha * g * (1 - s))
+    if activation == "relu":
+        return F.relu(g), torch.ones_like(g)
+    if activation == "relu2":
+        return F.relu(g).square(), 2 * F.relu(g)
     if activation == "gelu":  # g Phi(g); Phi + g phi
         cdf = 0.5 * (1 + torch.erf(g * math.sqrt(0.5)))
         return g * cdf, cdf + g * torch.exp(-0.5 * g * g) / math.sqrt(2 * math.pi)
@@ -49,78 +68,158 @@ def _activation_and_slope(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return 0.5 * g * (1 + t), 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * k * (1 + 3 * 0.044715 * g * g)
 
 
-def _fake(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    _check(gate, up, activation)
+def _fake(
+    gate: Tensor,
+    up: Tensor,
+    activation: str = "silu",
+    gate_scale: float = 1.0,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+) -> Tensor:
+    _check(gate, up, activation, alpha, limit)
     return torch.empty_like(gate)
 
 
-def _reference(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    _check(gate, up, activation)
-    return dense_like(_activate(gate, activation) * up, gate)
+def _product(
+    gate: Tensor, up: Tensor, activation: str, gate_scale: float, limit: float | None, alpha: float, up_offset: float
+) -> Tensor:
+    _check(gate, up, activation, alpha, limit)
+    if gate_scale != 1:
+        gate = gate * gate_scale
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if up_offset != 0:
+        up = up + up_offset
+    return _activate(gate, activation, alpha) * up
 
 
-def _gradients(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(torch.float32, gate.dtype)
-    d, u = dy.to(wide), up.to(wide)
-    activated, slope = _activation_and_slope(gate.to(wide), activation)
-    return (d * u * slope).to(gate.dtype), (d * activated.to(gate.dtype)).to(gate.dtype)
+def _reference(
+    gate: Tensor,
+    up: Tensor,
+    activation: str = "silu",
+    gate_scale: float = 1.0,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+) -> Tensor:
+    return dense_like(_product(gate, up, activation, gate_scale, limit, alpha, up_offset), gate)
 
 
-def _backward_fake(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def _gradients(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    gate_scale: float = 1.0,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    dtype, wide = gate.dtype, torch.promote_types(torch.float32, gate.dtype)
+    d, g, u = dy.to(wide), (gate.to(wide) * gate_scale).to(dtype).to(wide), up.to(wide)
+    bound = math.inf if limit is None else limit
+    activated, slope = _activation_and_slope(g.clamp(max=bound).to(dtype).to(wide), activation, alpha)
+    other = (u.clamp(-bound, bound) + up_offset).to(dtype).to(wide)
+    dgate = d * other * slope * gate_scale
+    dup = d * activated.to(dtype)
+    if activation in ("relu", "relu2"):  # chosen, not multiplied: a zero also where up is not finite
+        dgate = torch.where(g <= 0, 0, dgate)
+    if limit is not None:
+        dgate, dup = torch.where(g <= limit, dgate, 0), torch.where(u.abs() <= limit, dup, 0)
+    return dgate.to(dtype), dup.to(dtype)
+
+
+def _backward_fake(dy: Tensor, gate: Tensor, up: Tensor, activation: str, *variant: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(gate), torch.empty_like(up)
 
 
-def _backward_reference(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    dgate, dup = _gradients(dy, gate, up, activation)
+def _backward_reference(dy: Tensor, gate: Tensor, up: Tensor, activation: str, *variant: Any) -> tuple[Tensor, Tensor]:
+    dgate, dup = _gradients(dy, gate, up, activation, *variant)
     return dense_like(dgate, gate), dense_like(dup, up)
 
 
-def halves(x: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
+def halves(x: Tensor, gate_first: bool, interleaved: bool = False) -> tuple[Tensor, Tensor]:
     """(gate, up) as views of x."""
     if x.shape[-1] % 2:
         raise ValueError(f"packed_glu: the last dimension, {x.shape[-1]}, must be even")
-    first, second = x.chunk(2, dim=-1)
+    first, second = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     return (first, second) if gate_first else (second, first)
 
 
-def _packed_fake(x: Tensor, activation: str = "silu", gate_first: bool = True) -> Tensor:
-    gate, up = halves(x, gate_first)
-    _check(gate, up, activation)
+def _packed_fake(
+    x: Tensor,
+    activation: str = "silu",
+    gate_first: bool = True,
+    gate_scale: float = 1.0,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+    interleaved: bool = False,
+) -> Tensor:
+    gate, up = halves(x, gate_first, interleaved)
+    _check(gate, up, activation, alpha, limit)
     return x.new_empty(gate.shape)
 
 
-def _packed_reference(x: Tensor, activation: str = "silu", gate_first: bool = True) -> Tensor:
-    gate, up = halves(x, gate_first)
-    _check(gate, up, activation)
-    return (_activate(gate, activation) * up).contiguous()
+def _packed_reference(
+    x: Tensor,
+    activation: str = "silu",
+    gate_first: bool = True,
+    gate_scale: float = 1.0,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+    interleaved: bool = False,
+) -> Tensor:
+    gate, up = halves(x, gate_first, interleaved)
+    return _product(gate, up, activation, gate_scale, limit, alpha, up_offset).contiguous()
 
 
-def _packed_backward_fake(dy: Tensor, x: Tensor, activation: str, gate_first: bool) -> Tensor:
+def _packed_backward_fake(dy: Tensor, x: Tensor, activation: str, gate_first: bool, *variant: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _packed_backward_reference(dy: Tensor, x: Tensor, activation: str, gate_first: bool) -> Tensor:
-    dgate, dup = _gradients(dy, *halves(x, gate_first), activation)
-    return dense_like(torch.cat((dgate, dup) if gate_first else (dup, dgate), dim=-1), x)
+def _packed_backward_reference(
+    dy: Tensor,
+    x: Tensor,
+    activation: str,
+    gate_first: bool,
+    gate_scale: float = 1.0,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+    interleaved: bool = False,
+) -> Tensor:
+    gate, up = halves(x, gate_first, interleaved)
+    dgate, dup = _gradients(dy, gate, up, activation, gate_scale, limit, alpha, up_offset)
+    pair = (dgate, dup) if gate_first else (dup, dgate)
+    return dense_like(torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1), x)
 
+
+_VARIANT = "float gate_scale=1.0, float? limit=None, float alpha=1.0, float up_offset=0.0"
 
 glu_forward, glu = define_forward(
-    'glu(Tensor gate, Tensor up, str activation="silu") -> Tensor', _reference, _fake, kernel("glu", "forward")
+    f'glu(Tensor gate, Tensor up, str activation="silu", {_VARIANT}) -> Tensor',
+    _reference,
+    _fake,
+    kernel("glu", "forward"),
 )
 glu_backward = define(
-    "glu_backward(Tensor dy, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)",
+    f"glu_backward(Tensor dy, Tensor gate, Tensor up, str activation, {_VARIANT}) -> (Tensor, Tensor)",
     _backward_reference,
     _backward_fake,
     kernel("glu", "backward"),
 )
 packed_glu_forward, packed_glu = define_forward(
-    'packed_glu(Tensor x, str activation="silu", bool gate_first=True) -> Tensor',
+    f'packed_glu(Tensor x, str activation="silu", bool gate_first=True, {_VARIANT}, bool interleaved=False) -> Tensor',
     _packed_reference,
     _packed_fake,
     kernel("glu", "packed_forward"),
 )
 packed_glu_backward = define(
-    "packed_glu_backward(Tensor dy, Tensor x, str activation, bool gate_first) -> Tensor",
+    f"packed_glu_backward(Tensor dy, Tensor x, str activation, bool gate_first, {_VARIANT}, bool interleaved=False)"
+    " -> Tensor",
     _packed_backward_reference,
     _packed_backward_fake,
     kernel("glu", "packed_backward"),
@@ -128,21 +227,21 @@ packed_glu_backward = define(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    gate, up, ctx.activation = inputs
+    gate, up, *ctx.how = inputs
     ctx.save_for_backward(gate, up)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    return *glu_backward(dy, *ctx.saved_tensors, ctx.activation), None
+    return *glu_backward(dy, *ctx.saved_tensors, *ctx.how), *(None for _ in ctx.how)
 
 
 def _packed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.activation, ctx.gate_first = inputs
+    x, *ctx.how = inputs
     ctx.save_for_backward(x)
 
 
 def _packed_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    return packed_glu_backward(dy, *ctx.saved_tensors, ctx.activation, ctx.gate_first), None, None
+    return packed_glu_backward(dy, *ctx.saved_tensors, *ctx.how), *(None for _ in ctx.how)
 
 
 torch.library.register_autograd(glu_forward.name(), _backward, setup_context=_setup)

@@ -11,6 +11,13 @@
 
 - y has x's strides, made dense. Gradients: dx in x's dtype; dweight is summed in float32, then rounded once.
 
+With a residual, for graphs whose gradients are there already (`fuse.py`); all tensors contiguous, of one shape:
+
+`add_rms_norm(x, residual, weight, eps, offset, rounding) -> (y, h)`: h = x + residual, in their dtype; y is its norm.
+`rms_norm_add(x, residual, weight, eps, offset, rounding) -> h`: residual + the norm of x, which has residual's dtype.
+`rms_norm_backward_add(dy, x, weight, dresidual, eps, offset, rounding, need_dweight, again) -> (dx, dweight, y)`: of
+the sum of dy, one to three tensors; dresidual, if not None, is added to dx; y is the norm of x if `again`, else empty.
+
 Formula: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019 (arXiv:1910.07467).
 """
 
@@ -33,13 +40,13 @@ def _check(x: Tensor, weight: Tensor | None, rounding: str) -> None:
         raise ValueError(f"rms_norm: rounding is one of {ROUNDINGS}, not {rounding!r}")
 
 
-def _out_dtype(x: Tensor, weight: Tensor | None, rounding: str) -> torch.dtype:
+def out_dtype(x: Tensor, weight: Tensor | None, rounding: str) -> torch.dtype:
     return x.dtype if weight is None or rounding == "result" else torch.promote_types(x.dtype, weight.dtype)
 
 
 def _fake(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, rounding: str = "normed") -> Tensor:
     _check(x, weight, rounding)
-    return torch.empty_like(x, dtype=_out_dtype(x, weight, rounding))
+    return torch.empty_like(x, dtype=out_dtype(x, weight, rounding))
 
 
 def _reference(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, rounding: str = "normed") -> Tensor:
@@ -51,7 +58,7 @@ def _reference(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0
         y = y.to(x.dtype)
     if weight is not None:
         y = y * ((offset + weight) if rounding != "result" else (offset + weight.to(y.dtype)))
-    return dense_like(y.to(_out_dtype(x, weight, rounding)), x)
+    return dense_like(y.to(out_dtype(x, weight, rounding)), x)
 
 
 def _backward_fake(
@@ -76,6 +83,83 @@ def _backward_reference(
     return dx, (g * seen).flatten(0, -2).sum(0).to(weight.dtype)
 
 
+def _check_dense(*tensors: Tensor | None) -> None:
+    first, *others = (t for t in tensors if t is not None)
+    if not first.is_contiguous() or any(t.shape != first.shape or not t.is_contiguous() for t in others):
+        raise ValueError("rms_norm: tensors that are added must be contiguous and of one shape")
+
+
+def _add_fake(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, rounding: str
+) -> tuple[Tensor, Tensor]:
+    _check_dense(x, residual)
+    if x.dtype != residual.dtype:
+        raise ValueError(f"rms_norm: x is {x.dtype} and the residual {residual.dtype}; they must be alike")
+    return _fake(x, weight, eps, offset, rounding), torch.empty_like(x)
+
+
+def _add_reference(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, rounding: str
+) -> tuple[Tensor, Tensor]:
+    _add_fake(x, residual, weight, eps, offset, rounding)
+    h = x + residual
+    return _reference(h, weight, eps, offset, rounding), h
+
+
+def _added_fake(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, rounding: str) -> Tensor:
+    _check_dense(x, residual)
+    y = _fake(x, weight, eps, offset, rounding)
+    if y.dtype != residual.dtype:
+        raise ValueError(f"rms_norm: the norm is {y.dtype} and the residual {residual.dtype}; they must be alike")
+    return y
+
+
+def _added_reference(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, rounding: str
+) -> Tensor:
+    _added_fake(x, residual, weight, eps, offset, rounding)
+    return residual + _reference(x, weight, eps, offset, rounding)
+
+
+def _check_sum(dy: list[Tensor], x: Tensor, dresidual: Tensor | None) -> None:
+    _check_dense(x, dresidual, *dy)
+    if not 1 <= len(dy) <= 3 or len({t.dtype for t in dy}) > 1:
+        raise ValueError(f"rms_norm_backward_add: dy is one to three tensors of a dtype, not {[t.dtype for t in dy]}")
+
+
+def _backward_add_fake(
+    dy: list[Tensor],
+    x: Tensor,
+    weight: Tensor | None,
+    dresidual: Tensor | None,
+    eps: float,
+    offset: float,
+    rounding: str,
+    need_dweight: bool,
+    again: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_sum(dy, x, dresidual)
+    made = _backward_fake(dy[0], x, weight, eps, offset, rounding, need_dweight)
+    return *made, _fake(x, weight, eps, offset, rounding) if again else x.new_empty(0)
+
+
+def _backward_add_reference(
+    dy: list[Tensor],
+    x: Tensor,
+    weight: Tensor | None,
+    dresidual: Tensor | None,
+    eps: float,
+    offset: float,
+    rounding: str,
+    need_dweight: bool,
+    again: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_sum(dy, x, dresidual)
+    dx, dweight = _backward_reference(sum(dy), x, weight, eps, offset, rounding, need_dweight)
+    y = _reference(x, weight, eps, offset, rounding) if again else x.new_empty(0)
+    return dx if dresidual is None else dx + dresidual, dweight, y
+
+
 rms_norm_forward, rms_norm = define_forward(
     'rms_norm(Tensor x, Tensor? weight, float eps, float offset=0.0, str rounding="normed") -> Tensor',
     _reference,
@@ -88,6 +172,27 @@ rms_norm_backward = define(
     _backward_reference,
     _backward_fake,
     kernel("rms_norm", "backward"),
+)
+
+add_rms_norm = define(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset, str rounding)"
+    " -> (Tensor, Tensor)",
+    _add_reference,
+    _add_fake,
+    kernel("rms_norm", "add_forward"),
+)
+rms_norm_add = define(
+    "rms_norm_add(Tensor x, Tensor residual, Tensor? weight, float eps, float offset, str rounding) -> Tensor",
+    _added_reference,
+    _added_fake,
+    kernel("rms_norm", "forward_add"),
+)
+rms_norm_backward_add = define(
+    "rms_norm_backward_add(Tensor[] dy, Tensor x, Tensor? weight, Tensor? dresidual, float eps, float offset,"
+    " str rounding, bool need_dweight, bool again) -> (Tensor, Tensor, Tensor)",
+    _backward_add_reference,
+    _backward_add_fake,
+    kernel("rms_norm", "backward_add"),
 )
 
 
