@@ -181,6 +181,23 @@ def graph_pass(config: dict[str, Any], function: Callable[[torch.fx.Graph], None
     return None if config.get(name) or getattr(current, name) else {**config, name: Pass()}
 
 
+def _know_ops() -> None:
+    """Tells Inductor that the ops of ours are called as they are.
+
+    It finds that out by itself, but before 2.13 writes a log message first, whether anybody reads it or not, that holds
+    all code that an op's operands are computed with: for an op first met behind a few layers that never ends. Checked
+    on 2.11, 2.13.
+    """
+    from torch._inductor import lowering
+
+    from .ops._library import DEFINED
+
+    for op in DEFINED:
+        if op not in lowering.lowerings:
+            constraint = lowering.tag_to_layout_constraint(torch.Tag.needs_exact_strides)
+            lowering.make_fallback(op, constraint, warn=False)
+
+
 def compile_fx(gm: torch.fx.GraphModule, example_inputs: Any, config: dict[str, Any]) -> Any:
     """Inductor, as torch.compile calls it. Takes ownership of `gm`. Checked on 2.11, 2.13.
 
@@ -188,6 +205,7 @@ def compile_fx(gm: torch.fx.GraphModule, example_inputs: Any, config: dict[str, 
     """
     from torch._inductor.compile_fx import compile_fx as inductor
 
+    _know_ops()
     compiler = torch.compiler.config
     with compiler.patch(cache_key_tag=f"{compiler.cache_key_tag} liger_compile {fingerprint()}".strip()):
         return inductor(gm, example_inputs, config_patches=config or None)

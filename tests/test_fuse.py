@@ -10,10 +10,12 @@ import torch
 from helpers import Accuracy, relative_error, rewritten
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor import exc, lowering
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from liger_compile import backend, fuse
+from liger_compile.ops import _library
 
 OPS = torch.ops.liger_compile
 ADD_NORM, NORM_ADD, GRADIENT = "residual + RMSNorm", "RMSNorm + residual", "RMSNorm's gradient + its neighbours"
@@ -286,6 +288,18 @@ def test_told_by_the_backend(told):
     with torch._inductor.config.patch(fx_graph_cache=False):
         equal_results()
     assert f"fused: 1 x {ADD_NORM}" in told and f"fused: 2 x {GRADIENT}" in told
+
+
+def test_inductor_knows_the_ops_without_describing_them(monkeypatch):
+    """Before torch 2.13 it describes the operands of an op that it does not know, with all that they are made of."""
+
+    def described(target, args, kwargs):
+        raise AssertionError(f"{target} is not known")
+
+    monkeypatch.setattr(exc.OperatorIssue, "operator_str", staticmethod(described))
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        equal_results()
+    assert all(op in lowering.lowerings for op in _library.DEFINED)
 
 
 def test_a_failure_breaks_nothing(told, monkeypatch):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "liger_compile"
+DEFINED: list[Any] = []
+"""The ops that a compiler calls as they are."""
 WHOLE_ON = {"cuda", "meta"}
 """Devices on which a compiler is shown ops whole: those with kernels, and the one that stands for them."""
 
@@ -24,7 +26,8 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
     torch.library.impl(name, "CompositeExplicitAutograd")(reference)
     torch.library.impl(name, "CUDA")(cuda)
     torch.library.register_fake(name)(fake)
-    return _op(name)
+    DEFINED.append(_op(name))
+    return DEFINED[-1]
 
 
 def define_composite(schema: str, function: Callable[..., Any]) -> Any:
