@@ -43,9 +43,10 @@ def liger(
         return _torch.compile_fx(gm, example_inputs, config)
     if ours.verify:
         return _lazily(after, lambda gm: gm.forward)
+    fused = _with_fusions(config) if ours.fuse else config
     try:
         with contextlib.nullcontext() if _ops_are_ours(after) else _torch.without_autograd_cache():
-            return _lazily(after, lambda gm: _torch.compile_fx(gm, example_inputs, _with_fusions(config)))
+            return _lazily(after, lambda gm: _torch.compile_fx(gm, example_inputs, fused))
     except Exception as error:
         _warn(f"the rewritten graph does not compile, so the original is used: {type(error).__name__}: {error}")
         return _torch.compile_fx(gm, example_inputs, config)

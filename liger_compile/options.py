@@ -30,6 +30,8 @@ class Options:
     "keep" leaves the loss of such a model alone."""
     loss: str = "balanced"
     """What the loss takes of logits at a time ("lean", "balanced" or "fast"; docs/loss.md)."""
+    fuse: bool = True
+    """Fuse our ops with their neighbours in the graphs of forward and backward (`fuse.py`)."""
     verify: bool = False
     """Run each replacement beside the code it replaces, uncompiled, and raise at the first that is wrong."""
     fuel: int | None = None
@@ -92,8 +94,9 @@ def _checked_types(values: dict[str, Any]) -> None:
     fuel = values.get("fuel")
     if not isinstance(values.get("debug", False), (bool, str, os.PathLike)):
         raise ValueError(f"{PREFIX}debug: True, False or a folder, not {values['debug']!r}")
-    if not isinstance(values.get("verify", False), bool):
-        raise ValueError(f"{PREFIX}verify: True or False, not {values['verify']!r}")
+    for key in ("fuse", "verify"):
+        if not isinstance(values.get(key, False), bool):
+            raise ValueError(f"{PREFIX}{key}: True or False, not {values[key]!r}")
     if fuel is not None and (not isinstance(fuel, int) or isinstance(fuel, bool) or fuel < 0):
         raise ValueError(f"{PREFIX}fuel: how many places to rewrite, a whole number from 0 on, not {fuel!r}")
 

@@ -312,6 +312,12 @@ def test_a_failure_breaks_nothing(told, monkeypatch):
     assert told.count("fusing ops with their neighbours failed: KeyError: 'val'") == 1
 
 
+def test_turned_off(told):
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        equal_results(options={"liger.fuse": False})
+    assert not any("fused" in t for t in told)
+
+
 def test_a_pass_of_the_user(told):
     seen = []
     with torch._inductor.config.patch(fx_graph_cache=False, post_grad_custom_pre_pass=seen.append):
