@@ -136,6 +136,13 @@ def known_true(condition: Any) -> bool:
     return bool(guard_or_false(condition))
 
 
+def same_sizes(a: Any, b: Any) -> bool:
+    """Whether two shapes, or strides, are known to be equal, without adding a guard. Checked on 2.11, 2.13."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
+
+
 def inductor_options() -> frozenset[str]:
     """The names of Inductor's own options. Checked on 2.11, 2.13."""
     from torch._inductor import list_options
@@ -209,6 +216,15 @@ def compile_fx(gm: torch.fx.GraphModule, example_inputs: Any, config: dict[str, 
     compiler = torch.compiler.config
     with compiler.patch(cache_key_tag=f"{compiler.cache_key_tag} liger_compile {fingerprint()}".strip()):
         return inductor(gm, example_inputs, config_patches=config or None)
+
+
+def is_restart(error: Exception) -> bool:
+    """Whether an exception is how a compilation asks Dynamo to trace again, with other assumptions (a float that is
+    not symbolic). Checked on 2.11, 2.13.
+    """
+    from torch._dynamo.exc import RestartAnalysis
+
+    return isinstance(error, RestartAnalysis)
 
 
 def without_autograd_cache() -> contextlib.AbstractContextManager[None]:

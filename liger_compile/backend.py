@@ -48,6 +48,8 @@ def liger(
         with contextlib.nullcontext() if _ops_are_ours(after) else _torch.without_autograd_cache():
             return _lazily(after, lambda gm: _torch.compile_fx(gm, example_inputs, fused))
     except Exception as error:
+        if _torch.is_restart(error):
+            raise
         _warn(f"the rewritten graph does not compile, so the original is used: {type(error).__name__}: {error}")
         return _torch.compile_fx(gm, example_inputs, config)
 

@@ -92,7 +92,9 @@ def _operands_of_sum(node: Any) -> tuple[fx.Node, fx.Node] | None:
         return None
     if not all(isinstance(a, fx.Node) and isinstance(value_of(a), torch.Tensor) for a in node.args):
         return None
-    return node.args if len({(v.dtype, v.shape) for v in map(value_of, (node, *node.args))}) == 1 else None
+    total = value_of(node)
+    alike = all(v.dtype == total.dtype and _torch.same_sizes(v.shape, total.shape) for v in map(value_of, node.args))
+    return node.args if alike else None
 
 
 def _terms(node: Any) -> tuple[fx.Node, fx.Node] | None:
@@ -134,7 +136,8 @@ def _depend(nodes: list[fx.Node], on: list[fx.Node]) -> bool:
 
 def _is_alike(value: Any, other: Any) -> bool:
     """Whether one tensor can stand for another, for all who read it."""
-    return value.dtype == other.dtype and value.shape == other.shape and value.stride() == other.stride()
+    alike = value.dtype == other.dtype and _torch.same_sizes(value.shape, other.shape)
+    return alike and _torch.same_sizes(value.stride(), other.stride())
 
 
 def _run(call: fx.Node) -> Any:
