@@ -18,6 +18,8 @@ pytest.importorskip("triton")
 
 INTERPRETED = not torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EXACT = [torch.float32, torch.float16] if INTERPRETED else DTYPES
+"""Those whose errors mean something: the interpreter, which is slow, truncates to bfloat16."""
 
 
 def pair(module, kernel, reference, kernel_module=None):
@@ -133,7 +135,7 @@ def compare_with_residual(dtype, shape, rounding, offset, rows):
 
 
 @pytest.mark.parametrize("rounding, offset", [("normed", 0.0), ("result", 1.0), ("factor", 0.0)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_rms_norm_with_a_residual(dtype, rounding, offset):
     for shape in ((5, 96), (2, 3, 33)):
         compare_with_residual(dtype, shape, rounding, offset, 1)
@@ -149,7 +151,7 @@ GATED_NORMS = {
 
 
 @pytest.mark.parametrize("how", GATED_NORMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_gated_rms_norm(dtype, how):
     how = GATED_NORMS[how]
     for x in layouts(dtype):
@@ -162,7 +164,7 @@ def test_gated_rms_norm(dtype, how):
 
 
 @pytest.mark.parametrize("how", ["gate last", "gate first"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_gated_rms_norm_of_groups(dtype, how):
     x, gate, weight = small(dtype, 2, 9, 64)[..., :33], small(dtype, 2, 9, 33), small(dtype, 33)
     dy = small(dtype, 2, 9, 33)
@@ -185,9 +187,9 @@ UNITS = {
 
 
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_glu(dtype, unit):
-    whole = small(dtype, 4, 6, 66)
+    whole = small(dtype, 2, 3, 66)
     activation, *variant = unit = UNITS[unit]
     for gate, up in (
         (small(dtype, 4, 33), small(dtype, 4, 33)),
@@ -198,11 +200,11 @@ def test_glu(dtype, unit):
         compare(GLU_BACKWARD, (small(dtype, *gate.shape), gate, up, *unit), scatter_rows=1)
     for gate_first in (True, False):
         compare(PACKED, (whole, activation, gate_first, *variant), scatter_rows=1)
-        compare(PACKED_BACKWARD, (small(dtype, 4, 6, 33), whole, activation, gate_first, *variant), scatter_rows=1)
+        compare(PACKED_BACKWARD, (small(dtype, 2, 3, 33), whole, activation, gate_first, *variant), scatter_rows=1)
 
 
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_interleaved_glu(dtype, unit):
     activation, *variant = UNITS[unit]
     variant += [*[1.0, None, 1.0, 0.0][len(variant) :], True]
@@ -219,10 +221,10 @@ def test_interleaved_glu(dtype, unit):
 
 
 ROPES = {
-    "transposed heads": ((2, 5, 3, 16), (2, 5, 1, 16), (1, 1, 5, 16)),
-    "a part": ((2, 5, 3, 16), (2, 5, 1, 16), (2, 1, 5, 6)),
-    "tokens before heads": ((2, 5, 3, 20), (2, 5, 2, 20), (2, 5, 1, 12)),
-    "angles of their own": ((2, 3, 5, 16), (2, 3, 5, 16), (2, 3, 5, 16)),
+    "transposed heads": ((2, 3, 3, 16), (2, 3, 1, 16), (1, 1, 3, 16)),
+    "a part": ((2, 3, 3, 16), (2, 3, 1, 16), (2, 1, 3, 6)),
+    "tokens before heads": ((2, 3, 3, 20), (2, 3, 2, 20), (2, 3, 1, 12)),
+    "angles of their own": ((2, 3, 4, 16), (2, 3, 4, 16), (2, 3, 4, 16)),
     "rows": ((7, 16), (7, 16), (7, 16)),
 }
 
@@ -260,7 +262,7 @@ WAYS = [
 
 @pytest.mark.parametrize("layout", ["transposed heads", "a part", "tokens before heads", "rows"])
 @pytest.mark.parametrize("way", WAYS, ids=lambda w: "-".join(map(str, w)))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_rope_of_other_pairs(dtype, way, layout):
     q, k, cos = (small(dtype, *shape) for shape in ROPES[layout])
     if layout in ("transposed heads", "a part"):
@@ -273,7 +275,7 @@ def test_rope_of_other_pairs(dtype, way, layout):
     compare(ROPE_PAIR_BACKWARD, (*gradients, cos, sin, dense(q), dense(k), dtype, True, *way), scatter_rows=1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_rope_with_angles_between_others(dtype):
     """cos and sin of complex numbers lie next to each other, and are read where they lie."""
     q, k = small(dtype, 2, 5, 3, 12), small(dtype, 2, 5, 1, 12)
@@ -299,17 +301,17 @@ def compare_norm_rope(q, k, cos, weight, rounding, offset, how, gradients, rows)
 
 
 @pytest.mark.parametrize("rounding, offset", [("normed", 0.0), ("result", 1.0), ("factor", 0.0)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_norm_rope(dtype, rounding, offset):
-    packed = small(dtype, 2, 5, 3 + 1 + 1, 16).transpose(1, 2)  # as of one product for q, k and v
+    packed = small(dtype, 2, 3, 3 + 1 + 1, 16).transpose(1, 2)  # as of one product for q, k and v
     q, k = packed[:, :3], packed[:, 3:4]
-    apart = small(dtype, 2, 5, 3, 16).transpose(1, 2)
+    apart = small(dtype, 2, 3, 3, 16).transpose(1, 2)
     same, plain = (lambda d: d), (False, False, False)
     cases = [
-        (q, k, small(dtype, 1, 1, 5, 16), dtype, plain, same),
-        (apart, k.contiguous(), small(dtype, 2, 1, 5, 6), dtype, (False, False, True), lambda d: d.contiguous()),
-        (apart, None, small(dtype, 5, 16), None, (True, False, False), same),
-        (q, k, small(torch.float32, 1, 1, 5, 16), torch.float32, (False, True, False), same),
+        (q, k, small(dtype, 1, 1, 3, 16), dtype, plain, same),
+        (apart, k.contiguous(), small(dtype, 2, 1, 3, 6), dtype, (False, False, True), lambda d: d.contiguous()),
+        (apart, None, small(dtype, 3, 16), None, (True, False, False), same),
+        (q, k, small(torch.float32, 1, 1, 3, 16), torch.float32, (False, True, False), same),
     ]
     for q, k, cos, weight, how, gradients in cases:
         compare_norm_rope(q, k, cos, weight, rounding, offset, how, gradients, 1)
@@ -347,7 +349,7 @@ def test_cross_entropy_rows(dtype, how):
 
 
 @pytest.mark.parametrize("how", TRANSFORMS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_row_gradients(dtype, how):
     logits = small(dtype, 7, 300) * 3
     target = torch.randint(0, 300, (7,), device=logits.device)

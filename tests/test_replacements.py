@@ -177,7 +177,7 @@ def backend(gm, inputs):
     return aot_autograd(fw_compiler=stop)(report.graphs[0].after, inputs)
 
 assert not INTERPRETED
-with registered(make_pattern(squared_relu, kernel, examples=examples)):
+with registered(make_pattern(squared_relu, kernel, examples=examples, priority=1)):
     torch.compile(squared_relu, backend=backend)(torch.randn(3, 4), torch.randn(3, 4))
 """
 

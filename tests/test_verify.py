@@ -153,7 +153,7 @@ PLANTED = {
 FUSED_LATER = {"add_rms_norm", "rms_norm_add", "rms_norm_backward_add", "norm_rope", "norm_rope_backward"}
 """Ops that are put in when Inductor compiles, which it does not when rewrites are verified."""
 COMPOSED = {
-    *("rms_norm", "glu", "packed_glu", "rope", "rope_pair", "embedding"),
+    *("rms_norm", "gated_rms_norm", "glu", "packed_glu", "rope", "rope_pair", "embedding"),
     *("complex_rope", "complex_rope_pair"),
     *("linear_cross_entropy", "linear_cross_entropy_lse"),
 }
