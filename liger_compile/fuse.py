@@ -318,7 +318,10 @@ def _norm_gradient_of(node: fx.Node | None) -> fx.Node | None:
 
 def _how(norm: fx.Node) -> list[Any]:
     """What two norms, or their gradients, must have in common to be made in one."""
-    return [v is None if name == "weight" else v for name, v in _operands(norm).items() if name not in ("dy", "x")]
+    operands = _operands(norm)
+    weight = operands.pop("weight")
+    rest = [value for name, value in operands.items() if name not in ("dy", "x")]
+    return [None if weight is None else value_of(weight).dtype, *rest]
 
 
 def _of_halves(rope: dict[str, Any]) -> bool:

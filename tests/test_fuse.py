@@ -217,6 +217,15 @@ def test_heads_with_another_rotation_are_not_fused(other, monkeypatch):
     assert fusions(function, *(some(*s) for s in ROTATED)) == ({}, {})
 
 
+def test_heads_with_weights_of_two_dtypes_are_not_fused():
+    cos, sin = some(2, 5, 8, dtype=torch.bfloat16)
+    operands = [some(*s, dtype=torch.bfloat16) for s in ROTATED]
+    operands[3] = operands[3].float()
+    made = {}
+    results(compiled(lambda *o: heads(*o, cos, sin), made), operands)
+    assert made == {"forward": {}, "backward": {}}
+
+
 def test_heads_whose_norm_is_used_again_are_not_fused():
     cos, sin = some(2, 5, 8)
     function = lambda *o: heads(*o, *(a.to(o[0].dtype) for a in (cos, sin)), reused=True)  # noqa: E731

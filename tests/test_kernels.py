@@ -317,6 +317,17 @@ def test_norm_rope(dtype, rounding, offset):
         compare_norm_rope(q, k, cos, weight, rounding, offset, how, gradients, 1)
 
 
+def test_one_head_of_keys_is_taken_with_those_of_queries(monkeypatch):
+    """Its strides say nothing of heads, which is no reason to take it apart."""
+    module = import_module("liger_compile.kernels.norm_rope")
+    q, k, w = (small(torch.float32, *s) for s in ((2, 3, 3, 16), (2, 3, 1, 16), (16,)))
+    operands = (q.transpose(1, 2), k.transpose(1, 2), w, w, *small(torch.float32, 2, 3, 16))
+    expected = NORM_ROPE[1](*operands, 1e-6, 0.0, "normed", False, False, False)
+    monkeypatch.setattr(module.rms_norm, "forward", None)  # what it would be taken apart with
+    for y, e in zip(module.forward(*operands, 1e-6, 0.0, "normed", False, False, False), expected, strict=True):
+        assert relative_error(y, e) < 1e-6
+
+
 TRANSFORMS = [
     Transform(),
     Transform(scale=0.25),

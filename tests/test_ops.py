@@ -309,6 +309,13 @@ ERRORS = [
     (lambda: ops.rms_norm(some(4, 8), some(4, 8), 1e-6), r"rms_norm: weight has shape \(4, 8\), x needs \[8\]"),
     (lambda: ops.rms_norm(some(4, 8), some(8), 1e-6, 0.0, "late"), r"rounding is one of .*'normed'.*, not 'late'"),
     (
+        lambda: OPS.norm_rope(
+            *(fixed(4, 8), fixed(4, 8), fixed(8), None, fixed(4, 8), fixed(4, 8)),
+            *(1e-6, 0.0, "normed", False, False, False),
+        ),
+        r"norm_rope: the weights are torch\.float32 and None; they must be alike",
+    ),
+    (
         lambda: OPS.add_rms_norm(fixed(4, 8), fixed(8, 4).t(), fixed(8), 1e-6, 0.0, "normed"),
         "rms_norm: tensors that are added must be contiguous and of one shape",
     ),

@@ -363,7 +363,7 @@ def _plan(groups: list[list[Tensor]], cos: Tensor, sin: Tensor) -> tuple[list[in
     for tensors in groups:
         c, s = (a.expand(*tensors[0].shape[:-1], a.shape[-1]) for a in (cos, sin))
         plans.append(rope._tokens([*tensors, c, s], rope._head_dim(tensors[0], c)))
-    if None in plans or len({(*sizes[:2], *strides[-2], *strides[-1]) for sizes, strides in plans}) > 1:
+    if None in plans or len({(*sizes[:2], *strides[-2][:2], *strides[-1][:2]) for sizes, strides in plans}) > 1:
         return None
     (b, t, _), angles = plans[0][0], plans[0][1][-2:]
     return [b, t], [sizes[2] for sizes, _ in plans], [s for _, strides in plans for s in strides[:-2]] + list(angles)

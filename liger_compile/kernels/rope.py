@@ -248,7 +248,7 @@ def _launch(
         s = sin.expand(*x.shape[:-1], cos.shape[-1])
         # One component of cos and sin stands for all: they may have gaps.
         plans.append((_tokens([x, y, c[..., :1], s[..., :1]], _head_dim(x, c)), c, s))
-    agree = len({(*p[0][0][:2], *p[0][1][2], *p[0][1][3]) for p in plans if p[0] is not None}) == 1
+    agree = len({(*p[0][0][:2], *p[0][1][2][:2], *p[0][1][3][:2]) for p in plans if p[0] is not None}) == 1
     if not agree or any(p[0] is None for p in plans):  # layouts that share no tokens: one at a time, copied
         for (x, y), (plan, c, s) in zip(pairs, plans, strict=True):
             if plan is not None and len(pairs) > 1:

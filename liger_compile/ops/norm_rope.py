@@ -17,6 +17,13 @@ from torch import Tensor
 from . import rms_norm, rope
 from ._library import define, kernel
 
+
+def _check(q_weight: Tensor | None, k: Tensor | None, k_weight: Tensor | None) -> None:
+    kinds = [None if w is None else w.dtype for w in (q_weight, k_weight)]
+    if k is not None and kinds[0] != kinds[1]:
+        raise ValueError(f"norm_rope: the weights are {kinds[0]} and {kinds[1]}; they must be alike")
+
+
 _Pair = tuple[Tensor, Tensor]
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -36,6 +43,7 @@ def _forward_with(
     *how: bool,
 ) -> _Pair:
     """With a function for each of the two steps."""
+    _check(q_weight, k, k_weight)
     y = rotate(norm(q, q_weight, eps, offset, rounding), cos, sin, *how)
     return y, q.new_empty(0) if k is None else rotate(norm(k, k_weight, eps, offset, rounding), cos, sin, *how)
 
@@ -58,6 +66,7 @@ def backward_with(
     need_dweight: bool,
 ) -> _Gradients:
     """With a function for each of the two steps."""
+    _check(q_weight, k, k_weight)
 
     def gradients(dy: Tensor, x: Tensor, weight: Tensor | None) -> _Pair:
         dtype = rms_norm.out_dtype(x, weight, rounding)
