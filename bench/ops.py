@@ -28,6 +28,11 @@ def norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
+def add_then_norm(x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    total = x + residual
+    return norm(total, w), total
+
+
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
     half = x.shape[-1] // 2
     return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
@@ -134,6 +139,35 @@ def cases() -> dict[str, dict[str, Any]]:
         "operands": operands,
         "bytes": (4 * size, 4 * size),
     }
+    for heads, kv_heads, width, batch, length in ((32, 8, 128, 2, 8192), (16, 8, 128, 8, 2048), (8, 4, 256, 4, 4096)):
+        operands = (
+            *(tensor(batch, length, n, width) for n in (heads, kv_heads)),
+            *(tensor(width) for _ in range(2)),
+        )
+        cos, sin = (tensor(1, 1, length, width).detach() for _ in range(2))
+        size = operands[0].numel() + operands[1].numel()
+
+        def plain(q: Any, k: Any, q_weight: Any, k_weight: Any, cos: Any = cos, sin: Any = sin) -> Any:
+            return rotate(norm(q, q_weight).transpose(1, 2), norm(k, k_weight).transpose(1, 2), cos, sin)
+
+        made[f"q/k-norm + RoPE {batch} x {length}, {heads} + {kv_heads} heads of {width}"] = {
+            "plain": plain,
+            "ours": torch.compile(plain, backend="liger"),
+            "liger": None,
+            "operands": operands,
+            "bytes": (4 * size, 6 * size),
+        }
+    for rows, width in ((TOKENS, 4096), (TOKENS, 1024)):
+        operands = tensor(rows, width), tensor(rows, width), tensor(width)
+        made[f"residual + RMSNorm {rows} x {width}"] = {
+            "plain": add_then_norm,
+            "ours": torch.compile(add_then_norm, backend="liger"),
+            "liger": _liger(
+                "fused_add_rms_norm.LigerFusedAddRMSNormFunction", lambda f: lambda x, r, w: f.apply(x, r, w, 1e-6)
+            ),
+            "operands": operands,
+            "bytes": (8 * rows * width, 8 * rows * width),
+        }
     for classes, width, tokens, kind in (
         *((128256, 4096, 8192, ""), (128256, 4096, 8192, " of one kind"), (128256, 4096, 8192, ", float32")),
         *((151936, 1024, TOKENS, ""), (32000, 4096, TOKENS, ""), (32000, 4096, TOKENS, ", float32")),
