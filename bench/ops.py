@@ -162,9 +162,7 @@ def cases() -> dict[str, dict[str, Any]]:
         made[f"residual + RMSNorm {rows} x {width}"] = {
             "plain": add_then_norm,
             "ours": torch.compile(add_then_norm, backend="liger"),
-            "liger": _liger(
-                "fused_add_rms_norm.LigerFusedAddRMSNormFunction", lambda f: lambda x, r, w: f.apply(x, r, w, 1e-6)
-            ),
+            "liger": _liger("LigerFusedAddRMSNormFunction", lambda f: lambda x, r, w: f.apply(x, r, w, 1e-6)),
             "operands": operands,
             "bytes": (8 * rows * width, 8 * rows * width),
         }
