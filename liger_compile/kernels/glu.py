@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.glu import halves
 from .layout import collapse
 
 BLOCK = 2048
@@ -248,11 +249,6 @@ def backward(
     return dgate, dup
 
 
-def _halves(x: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
-    first, second = x.chunk(2, dim=-1)
-    return (first, second) if gate_first else (second, first)
-
-
 def packed_forward(
     x: Tensor,
     activation: str = "silu",
@@ -266,7 +262,7 @@ def packed_forward(
     how = _how(activation, gate_scale, limit, alpha, up_offset)
     y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
     if not interleaved:
-        return _run_forward(*_halves(x, gate_first), y, how)
+        return _run_forward(*halves(x, gate_first), y, how)
     if y.numel():
         x, n = x.contiguous(), y.numel()
         packing = GATE_FIRST if gate_first else UP_FIRST
@@ -288,7 +284,7 @@ def packed_backward(
     how = _how(activation, gate_scale, limit, alpha, up_offset)
     dx = torch.empty_like(x)
     if not interleaved:
-        _run_backward(dy, *_halves(x, gate_first), *_halves(dx, gate_first), how)
+        _run_backward(dy, *halves(x, gate_first), *halves(dx, gate_first), how)
     elif x.numel():
         dy, x, n = dy.contiguous(), x.contiguous(), dy.numel()
         out = dx if dx.is_contiguous() else torch.empty_like(x)

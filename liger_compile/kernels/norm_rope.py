@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.norm_rope import backward_with
+from ..ops.norm_rope import backward_with, forward_with
 from ..ops.rms_norm import out_dtype
 from ..ops.rope import empty, work_dtype
 from . import rms_norm, rope
@@ -399,15 +399,10 @@ def forward(
     normed = [torch.empty_like(x, dtype=out_dtype(x, w, rounding), device="meta") for x, w in given]
     like = [empty(h, cos, upcast, promote, contiguous) for h in normed]
     ys = [q.new_empty_strided(y.shape, y.stride(), dtype=y.dtype) for y in like]
-    missing = [q.new_empty(0)] * (2 - len(ys))
-    if q.numel() == 0:
-        return *ys, *missing
-    plan = _plan([[x, y] for (x, _), y in zip(given, ys, strict=True)], cos, sin)
-    if plan is None:  # layouts that share no tokens
-        for (x, w), y in zip(given, ys, strict=True):
-            h = rms_norm.forward(x, w, eps, offset, rounding)
-            y.copy_(rope.forward(h, cos, sin, upcast, promote, contiguous))
-        return *ys, *missing
+    plan = None if q.numel() == 0 else _plan([[x, y] for (x, _), y in zip(given, ys, strict=True)], cos, sin)
+    if plan is None:  # nothing, or layouts that share no tokens
+        how = (eps, offset, rounding, upcast, promote, contiguous)
+        return forward_with(rms_norm.forward, rope.forward, q, k, q_weight, k_weight, cos, sin, *how)
     (b, t), heads, strides = plan
     half, width = cos.shape[-1] // 2, q.shape[-1]
     block_half, (q_block, k_block), blocks = _blocks(heads, half)
@@ -442,7 +437,7 @@ def forward(
         BLOCK_REST=0 if width == 2 * half else triton.next_power_of_2(width - 2 * half),
         num_warps=min(max(q_block * block_half // 512, 1), 8),
     )
-    return *ys, *missing
+    return (*[*ys, q.new_empty(0)][:2],)
 
 
 def backward(

@@ -28,7 +28,7 @@ _Pair = tuple[Tensor, Tensor]
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _forward_with(
+def forward_with(
     norm: Any,
     rotate: Any,
     q: Tensor,
@@ -81,11 +81,11 @@ def backward_with(
 
 
 def _fake(*args: Any) -> _Pair:
-    return _forward_with(rms_norm._fake, rope._fake, *args)
+    return forward_with(rms_norm._fake, rope._fake, *args)
 
 
 def _reference(*args: Any) -> _Pair:
-    return _forward_with(rms_norm._reference, rope._reference, *args)
+    return forward_with(rms_norm._reference, rope._reference, *args)
 
 
 def _backward_fake(*args: Any) -> _Gradients:

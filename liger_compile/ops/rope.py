@@ -137,34 +137,12 @@ def _each(function: Any, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tens
     return function(q, *rest), function(k, *rest)
 
 
-def _pair_fake(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    upcast: bool = False,
-    promote: bool = False,
-    contiguous: bool = False,
-    layout: str = "halves",
-    inverse: bool = False,
-    per_pair: bool = False,
-) -> tuple[Tensor, Tensor]:
-    return _each(_fake, q, k, cos, sin, upcast, promote, contiguous, layout, inverse, per_pair)
+def _pair_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    return _each(_fake, *args)
 
 
-def _pair_reference(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    upcast: bool = False,
-    promote: bool = False,
-    contiguous: bool = False,
-    layout: str = "halves",
-    inverse: bool = False,
-    per_pair: bool = False,
-) -> tuple[Tensor, Tensor]:
-    return _each(_reference, q, k, cos, sin, upcast, promote, contiguous, layout, inverse, per_pair)
+def _pair_reference(*args: Any) -> tuple[Tensor, Tensor]:
+    return _each(_reference, *args)
 
 
 def _backward_fake(
@@ -196,38 +174,25 @@ def _backward_reference(
     return dy.new_empty_strided(dy.shape, strides, dtype=dtype).copy_(dx)
 
 
-def _pair_backward_fake(
+def _each_backward(
+    function: Any,
     dq: Tensor,
     dk: Tensor,
     cos: Tensor,
     sin: Tensor,
     q_strides: list[int],
     k_strides: list[int],
-    dtype: torch.dtype,
-    upcast: bool,
-    layout: str = "halves",
-    inverse: bool = False,
-    per_pair: bool = False,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    rest = (dtype, upcast, layout, inverse, per_pair)
-    return _backward_fake(dq, cos, sin, q_strides, *rest), _backward_fake(dk, cos, sin, k_strides, *rest)
+    return function(dq, cos, sin, q_strides, *rest), function(dk, cos, sin, k_strides, *rest)
 
 
-def _pair_backward_reference(
-    dq: Tensor,
-    dk: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    q_strides: list[int],
-    k_strides: list[int],
-    dtype: torch.dtype,
-    upcast: bool,
-    layout: str = "halves",
-    inverse: bool = False,
-    per_pair: bool = False,
-) -> tuple[Tensor, Tensor]:
-    rest = (dtype, upcast, layout, inverse, per_pair)
-    return _backward_reference(dq, cos, sin, q_strides, *rest), _backward_reference(dk, cos, sin, k_strides, *rest)
+def _pair_backward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    return _each_backward(_backward_fake, *args)
+
+
+def _pair_backward_reference(*args: Any) -> tuple[Tensor, Tensor]:
+    return _each_backward(_backward_reference, *args)
 
 
 _MORE = 'str layout="halves", bool inverse=False, bool per_pair=False'
