@@ -25,7 +25,7 @@ VIEWS = {
     *(aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.t.default),
     *(aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor),
 }
-PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.embedding.default}
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 
 Rule = Callable[[fx.Node], bool]
 RULES: list[tuple[str, Any, Rule]] = []

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import Accuracy, relative_error, rewritten
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -250,6 +251,14 @@ def test_heads_whose_norm_is_used_again_are_not_fused():
 )
 def test_not_fused(function):
     forward, _ = fusions(function, some(2, 6, 16), some(2, 6, 16), some(16))
+    assert forward == {}
+
+
+def test_a_sum_of_lookups_is_not_fused():
+    """Inductor makes both lookups and their sum in one."""
+    ids = torch.randint(9, (2, 6))
+    function = lambda table, places, w: norm(F.embedding(ids, table) + F.embedding(ids, places), w)  # noqa: E731
+    forward, _ = fusions(function, some(9, 16), some(9, 16), some(16))
     assert forward == {}
 
 
