@@ -204,6 +204,20 @@ def test_glu(dtype, unit):
 
 
 @pytest.mark.parametrize("unit", UNITS)
+def test_glu_keeps_what_is_not_finite(unit):
+    gate, up = small(torch.float32, 4, 33), small(torch.float32, 4, 33)
+    gate[0, ::4], gate[1, ::4], gate[2, ::4] = torch.nan, torch.inf, -torch.inf
+    up[3, ::4], up[0, 1::4], up[1, 1::4] = torch.nan, torch.inf, -torch.inf
+    dy = small(torch.float32, 4, 33)
+    for (kernel, reference), args in ((GLU, (gate, up)), (GLU_BACKWARD, (dy, gate, up))):
+        for ours, eager in zip(
+            as_tuple(kernel(*args, *UNITS[unit])), as_tuple(reference(*args, *UNITS[unit])), strict=True
+        ):
+            assert not ours[~eager.isfinite()].isfinite().any()
+            torch.testing.assert_close(ours[eager.isfinite()], eager[eager.isfinite()])
+
+
+@pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_interleaved_glu(dtype, unit):
     activation, *variant = UNITS[unit]

@@ -128,6 +128,12 @@ def _forward(
 
 
 @triton.jit
+def _of_clamped(dx, x, most):
+    """The gradient dx of a clamped x: none where the clamp stops it or lets a NaN through; without one, all of it."""
+    return tl.where(x <= most, dx, tl.where(most < float("inf"), 0.0, dx))
+
+
+@triton.jit
 def _backward(
     dy_ptr,
     gate_ptr,
@@ -164,8 +170,9 @@ def _backward(
     if not PLAIN:
         most = tl.cast(limit, tl.float32)
         scaled = g.to(tl.float32) * tl.cast(gate_scale, tl.float32)
-        dgate = tl.where(scaled.to(g.dtype).to(tl.float32) <= most, dgate * tl.cast(gate_scale, tl.float32), 0.0)
-        dup = tl.where(tl.abs(u.to(tl.float32)) <= most, dup, 0.0)
+        scaled = scaled.to(g.dtype).to(tl.float32)
+        dgate = _of_clamped(dgate * tl.cast(gate_scale, tl.float32), scaled, most)
+        dup = _of_clamped(dup, tl.abs(u.to(tl.float32)), most)
     dgate, dup = dgate.to(dgate_ptr.dtype.element_ty), dup.to(dgate_ptr.dtype.element_ty)
     if PACKING == APART:
         tl.store(dgate_ptr + row * dgate_stride + cols, dgate, mask=mask)
