@@ -6,12 +6,15 @@ import contextlib
 import copy
 import functools
 import hashlib
+import logging
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+log = logging.getLogger("liger_compile")
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -189,20 +192,140 @@ def graph_pass(config: dict[str, Any], function: Callable[[torch.fx.Graph], None
 
 
 def _know_ops() -> None:
-    """Tells Inductor that the ops of ours are called as they are.
+    """Tells Inductor of our ops: which are kernels to start (`_lowered`), and that others are called as they are.
 
-    It finds that out by itself, but before 2.13 writes a log message first, whether anybody reads it or not, that holds
-    all code that an op's operands are computed with: for an op first met behind a few layers that never ends. Checked
-    on 2.11, 2.13.
+    It finds the latter out by itself, but before 2.13 writes a log message first, whether anybody reads it or not, that
+    holds all code that an op's operands are computed with: for an op first met behind a few layers that never ends.
+    Checked on 2.11, 2.13.
     """
     from torch._inductor import lowering
 
-    from .ops._library import DEFINED
+    from .ops._library import DEFINED, LAUNCHERS
 
     for op in DEFINED:
         if op not in lowering.lowerings:
             constraint = lowering.tag_to_layout_constraint(torch.Tag.needs_exact_strides)
             lowering.make_fallback(op, constraint, warn=False)
+            if op in LAUNCHERS:
+                called = lowering.lowerings[op]
+                lowering.register_lowering(op, type_promotion_kind=None)(_lowered(op, LAUNCHERS[op], called))
+
+
+def _lowered(op: Any, launcher: Callable[..., Any], called: Callable[..., Any]) -> Callable[..., Any]:
+    """How Inductor compiles an op: as the kernels that its launcher starts; `called`, as an op, where that cannot be.
+
+    The kernels and their arguments go into the code that Inductor writes, which starts them as it does its own. Checked
+    on 2.11, 2.13.
+    """
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        from torch._inductor import ir
+        from torch.utils._pytree import tree_map_only
+        from triton.runtime.jit import JITFunction
+
+        from .inline import NotLaunchesAlone, program
+
+        realized: dict[int, Any] = {}
+
+        def fake(box: Any) -> torch.Tensor:
+            x = ir.ExternKernel.realize_input(box)
+            layout = x.get_layout()
+            if not all(is_number(n) for n in (*layout.size, *layout.stride, layout.offset)):
+                raise NotLaunchesAlone("sizes that are not numbers")
+            size, stride = (tuple(map(int, n)) for n in (layout.size, layout.stride))
+            made = torch.empty_strided(size, stride, dtype=layout.dtype, device=layout.device)
+            realized[storage_key(made)] = box, int(layout.offset)
+            return made
+
+        try:
+            with fake_mode():
+                found = program(functools.partial(launcher, **kwargs), tree_map_only(ir.TensorBox, fake, args))
+            if not all(isinstance(each.kernel, JITFunction) for each in found.launches):
+                raise NotLaunchesAlone("kernels are interpreted")
+        except NotLaunchesAlone as reason:
+            log.debug("%s is called as an op: %s", op, reason)
+            return called(*args, **kwargs)
+        return _started(found, realized)
+
+    return lower
+
+
+def is_number(size: Any) -> bool:
+    """Whether a size is known, not a symbol."""
+    return isinstance(size, int) or bool(getattr(size, "is_number", False))
+
+
+def _started(program: Any, realized: dict[int, Any]) -> Any:
+    """A program's buffers and kernels in the graph that Inductor is making; its results there. `realized` has the
+    operands: by their storage, what they are there and where they begin. Checked on 2.11, 2.13."""
+    from torch._inductor import lowering
+    from torch.utils._pytree import tree_map_only
+
+    there = dict(realized)
+    made = set()
+    for t in program.made:
+        base = t if t._base is None else t._base
+        box = lowering.empty_strided(list(base.shape), list(base.stride()), dtype=base.dtype, device=base.device)
+        there[storage_key(t)] = box, 0
+        made.add(storage_key(t))
+
+    def place(t: torch.Tensor) -> Any:
+        box, start = there[storage_key(t)]
+        sizes, strides = box.get_size(), box.get_stride()
+        if t.storage_offset() == 0 and tuple(sizes) == tuple(t.shape) and tuple(strides) == t.stride():
+            return box
+        as_strided = lowering.lowerings[torch.ops.aten.as_strided.default]
+        return as_strided(box, list(t.shape), list(t.stride()), start + t.storage_offset())
+
+    for each in program.launches:
+        tensors = {k: v for k, v in each.arguments.items() if isinstance(v, torch.Tensor)}
+        written = [k for k, t in tensors.items() if storage_key(t) in made]
+        arguments = {k: place(v) if k in tensors else v for k, v in each.arguments.items()}
+        _kernel_class()(_configured(each.kernel, each.num_warps), each.grid, arguments, written)
+    return tree_map_only(torch.Tensor, place, program.results)
+
+
+@functools.cache
+def _configured(kernel: Any, num_warps: int) -> int:
+    """Inductor's number for a Triton kernel that is to run with so many warps. Checked on 2.11, 2.13."""
+    import triton
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    return kernel_side_table.add_kernel(triton.autotune([triton.Config({}, num_warps=num_warps)], key=[])(kernel))
+
+
+@functools.cache
+def _kernel_class() -> type:
+    """Inductor's node for a Triton kernel of the user's, told what it writes.
+
+    To find that out, Inductor would compile the kernel to Triton's IR at each of its places. Checked on 2.11, 2.13.
+    """
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    class Kernel(ir.UserDefinedTritonKernel):
+        def __init__(self, number: int, grid: tuple[int, ...], arguments: dict[str, Any], written: list[str]) -> None:
+            kwargs = {
+                k: ir.InputsKernel.unwrap_storage_for_input(self.realize_input(v)) if isinstance(v, ir.TensorBox) else v
+                for k, v in arguments.items()
+            }
+            inputs = [v for v in kwargs.values() if isinstance(v, ir.IRNode)]
+            others = tuple(v for v in kwargs.values() if not isinstance(v, ir.IRNode))
+            self.device = inputs[0].get_device()
+            nothing = ir.NoneLayout(device=self.device)
+            ir.ExternKernel.__init__(self, None, nothing, inputs, others, kwargs)
+            self.kernel_idx = number
+            self.grid = [(*grid, 1, 1)[:3]]
+            kernel = self.get_kernel_and_metadata()[0]
+            self.ordered_kwargs_for_cpp_kernel = [name for name in kernel.arg_names if name in arguments]
+            self.mutable_args = list({arguments[k].get_name(): arguments[k] for k in written}.values())
+            self.mutation_outputs = [ir.MutationOutput(nothing, box, self) for box in self.mutable_args]
+            V.graph.register_operation(self)
+
+        def can_fuse_epilogue(self) -> bool:
+            return False
+
+    return Kernel
 
 
 def compile_fx(gm: torch.fx.GraphModule, example_inputs: Any, config: dict[str, Any]) -> Any:

@@ -13,7 +13,8 @@ from triton.runtime.jit import JITFunction
 
 TARGET = GPUTarget("cuda", 90, 32)
 KERNELS = {
-    *("_forward", "_backward", "_total", "_rope", "_rows", "_row_gradients", "_scaled", "_gather", "_exponentials"),
+    *("_rms_norm", "_rms_norm_backward", "_total", "_glu", "_glu_backward"),
+    *("_rope", "_rows", "_row_gradients", "_scaled", "_gather", "_exponentials"),
     *("_finish", "_dlogits", "_weighted", "_gradients", "_summed", "_column_sums", "_label_sums"),
     *("_whole_dhidden", "_whole_dweight", "_columns", "_add_product", "_runs", "_long_runs"),
     *("_norm_rope", "_norm_rope_backward", "_gated_forward", "_gated_backward"),

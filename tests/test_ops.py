@@ -186,6 +186,10 @@ SAMPLES = {
     ],
     "rope_pair_backward": [
         lambda: (
+            (fixed(3, 5, 8), fixed(1, 5, 8), fixed(5, 8), fixed(5, 8), *[[40, 8, 1]] * 2, torch.float32, False),
+            {},
+        ),
+        lambda: (
             (fixed(5, 8), fixed(5, 8), fixed(5, 8), fixed(5, 8), [8, 1], [1, 5], torch.float32, False),
             {},
         ),

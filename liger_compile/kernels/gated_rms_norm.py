@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.gated_rms_norm import out_dtype
+from .launch import launch
 from .layout import multiprocessors
 from .rms_norm import _add_pairs, _addressed, _blocks, _offsets, _total, _warps
 
@@ -195,7 +196,9 @@ def forward(
     n_groups, n_cols = groups or (1, x.shape[-1])
     n_rows = x.numel() // x.shape[-1]
     block_rows, block_cols = _blocks(n_cols)
-    _gated_forward[(triton.cdiv(n_rows, block_rows), n_groups)](
+    launch(
+        _gated_forward,
+        (triton.cdiv(n_rows, block_rows), n_groups),
         x,
         gate,
         weight.contiguous(),
@@ -240,7 +243,9 @@ def backward(
     programs = min(triton.cdiv(n_rows, block_rows), triton.cdiv(resident, n_groups))
     ahead = tile * x.element_size() <= 16384
     partial = x.new_empty((programs, width) if need_dweight else (0,), dtype=torch.float32)
-    _gated_backward[(programs, n_groups)](
+    launch(
+        _gated_backward,
+        (programs, n_groups),
         dy,
         x,
         gate,
@@ -266,5 +271,5 @@ def backward(
     if not need_dweight:
         return dx, dgate, partial.to(x.dtype)
     dweight = torch.empty_like(weight)
-    _total[(triton.cdiv(width, 16),)](partial, dweight, programs, width, BLOCK_ROWS=64, BLOCK_COLS=16)
+    launch(_total, (triton.cdiv(width, 16),), partial, dweight, programs, width, BLOCK_ROWS=64, BLOCK_COLS=16)
     return dx, dgate, dweight

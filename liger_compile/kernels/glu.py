@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.glu import halves
+from .launch import launch
 from .layout import collapse
 
 BLOCK = 2048
@@ -91,16 +91,17 @@ def _factors(g, u, gate_scale, limit, up_offset, PLAIN: tl.constexpr):
     """What the activation is taken of, and what multiplies it, in float32, rounded as the model does."""
     gate, up = g.to(tl.float32), u.to(tl.float32)
     if not PLAIN:
-        most = tl.cast(limit, tl.float32)
         gate = (gate * tl.cast(gate_scale, tl.float32)).to(g.dtype).to(tl.float32)
-        gate = tl.where(gate > most, most, gate).to(g.dtype).to(tl.float32)  # a NaN stays one
-        up = tl.where(up > most, most, tl.where(up < -most, -most, up)) + tl.cast(up_offset, tl.float32)
-        up = up.to(g.dtype).to(tl.float32)
+        if limit is not None:
+            most = tl.cast(limit, tl.float32)
+            gate = tl.where(gate > most, most, gate).to(g.dtype).to(tl.float32)  # a NaN stays one
+            up = tl.where(up > most, most, tl.where(up < -most, -most, up))
+        up = (up + tl.cast(up_offset, tl.float32)).to(g.dtype).to(tl.float32)
     return gate, up
 
 
 @triton.jit
-def _forward(
+def _glu(
     gate_ptr,
     up_ptr,
     y_ptr,
@@ -128,13 +129,7 @@ def _forward(
 
 
 @triton.jit
-def _of_clamped(dx, x, most):
-    """The gradient dx of a clamped x: none where the clamp stops it or lets a NaN through; without one, all of it."""
-    return tl.where(x <= most, dx, tl.where(most < float("inf"), 0.0, dx))
-
-
-@triton.jit
-def _backward(
+def _glu_backward(
     dy_ptr,
     gate_ptr,
     up_ptr,
@@ -168,11 +163,12 @@ def _backward(
         # Chosen, not multiplied: a zero also where up is not finite.
         dgate = tl.where(gate <= 0.0, 0.0, dgate)
     if not PLAIN:
-        most = tl.cast(limit, tl.float32)
-        scaled = g.to(tl.float32) * tl.cast(gate_scale, tl.float32)
-        scaled = scaled.to(g.dtype).to(tl.float32)
-        dgate = _of_clamped(dgate * tl.cast(gate_scale, tl.float32), scaled, most)
-        dup = _of_clamped(dup, tl.abs(u.to(tl.float32)), most)
+        dgate *= tl.cast(gate_scale, tl.float32)
+        if limit is not None:  # what a clamp stops has no gradient, nor has a NaN that it lets through
+            most = tl.cast(limit, tl.float32)
+            scaled = (g.to(tl.float32) * tl.cast(gate_scale, tl.float32)).to(g.dtype).to(tl.float32)
+            dgate = tl.where(scaled <= most, dgate, 0.0)
+            dup = tl.where(tl.abs(u.to(tl.float32)) <= most, dup, 0.0)
     dgate, dup = dgate.to(dgate_ptr.dtype.element_ty), dup.to(dgate_ptr.dtype.element_ty)
     if PACKING == APART:
         tl.store(dgate_ptr + row * dgate_stride + cols, dgate, mask=mask)
@@ -185,14 +181,13 @@ def _backward(
 
 def _matrix(*tensors: Tensor) -> tuple[int, int, list[int], tuple[Tensor, ...]]:
     """(rows, columns, row strides, tensors): one row if everything is contiguous; copies where rows do not suffice."""
-    for attempt in (tensors, tuple(t.contiguous() for t in tensors)):
-        sizes, strides = collapse(attempt[0].shape, *(t.stride() for t in attempt))
-        if not sizes:  # a single element
-            return 1, 1, [0] * len(attempt), attempt
-        if len(sizes) <= 2 and all(s[-1] == 1 for s in strides):
-            n_rows = sizes[0] if len(sizes) == 2 else 1
-            return n_rows, sizes[-1], [s[0] if len(s) == 2 else 0 for s in strides], attempt
-    raise AssertionError("contiguous tensors of one shape are one row")
+    sizes, strides = collapse(tensors[0].shape, *(t.stride() for t in tensors))
+    if not sizes:  # a single element
+        return 1, 1, [0] * len(tensors), tensors
+    if len(sizes) > 2 or any(s[-1] != 1 for s in strides):
+        return _matrix(*(t.contiguous() for t in tensors))
+    n_rows = sizes[0] if len(sizes) == 2 else 1
+    return n_rows, sizes[-1], [s[0] if len(s) == 2 else 0 for s in strides], tensors
 
 
 def _how(activation: str, gate_scale: float, limit: float | None, alpha: float, up_offset: float) -> dict[str, Any]:
@@ -201,7 +196,7 @@ def _how(activation: str, gate_scale: float, limit: float | None, alpha: float, 
     plain = gate_scale == 1 and limit is None and up_offset == 0
     return {
         "gate_scale": float(gate_scale),
-        "limit": math.inf if limit is None else float(limit),
+        "limit": None if limit is None else float(limit),
         "alpha": float(alpha),
         "up_offset": float(up_offset),
         "ACTIVATION": _ACTIVATIONS[activation],
@@ -215,7 +210,7 @@ def _run_forward(gate: Tensor, up: Tensor, y: Tensor, how: dict[str, Any]) -> Te
     if y.numel() == 0:
         return y
     n_rows, n_cols, strides, (gate, up, out) = _matrix(gate, up, y)
-    _forward[(n_rows * triton.cdiv(n_cols, BLOCK),)](gate, up, out, n_cols, *strides, PACKING=APART, **how)
+    launch(_glu, (n_rows * triton.cdiv(n_cols, BLOCK),), gate, up, out, n_cols, *strides, PACKING=APART, **how)
     return out if out is y else y.copy_(out)
 
 
@@ -223,7 +218,7 @@ def _run_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tens
     if dy.numel() == 0:
         return
     n_rows, n_cols, strides, tensors = _matrix(dy, gate, up, dgate, dup)
-    _backward[(n_rows * triton.cdiv(n_cols, BLOCK),)](*tensors, n_cols, *strides, PACKING=APART, **how)
+    launch(_glu_backward, (n_rows * triton.cdiv(n_cols, BLOCK),), *tensors, n_cols, *strides, PACKING=APART, **how)
     for wanted, written in zip((dgate, dup), tensors[3:], strict=True):
         if written is not wanted:
             wanted.copy_(written)
@@ -273,7 +268,7 @@ def packed_forward(
     if y.numel():
         x, n = x.contiguous(), y.numel()
         packing = GATE_FIRST if gate_first else UP_FIRST
-        _forward[(triton.cdiv(n, BLOCK),)](x, x, y, n, 0, 0, 0, PACKING=packing, **how)
+        launch(_glu, (triton.cdiv(n, BLOCK),), x, x, y, n, 0, 0, 0, PACKING=packing, **how)
     return y
 
 
@@ -296,6 +291,6 @@ def packed_backward(
         dy, x, n = dy.contiguous(), x.contiguous(), dy.numel()
         out = dx if dx.is_contiguous() else torch.empty_like(x)
         packing = GATE_FIRST if gate_first else UP_FIRST
-        _backward[(triton.cdiv(n, BLOCK),)](dy, x, x, out, out, n, 0, 0, 0, 0, 0, PACKING=packing, **how)
+        launch(_glu_backward, (triton.cdiv(n, BLOCK),), dy, x, x, out, out, n, 0, 0, 0, 0, 0, PACKING=packing, **how)
         dx = out if out is dx else dx.copy_(out)
     return dx

@@ -13,13 +13,14 @@ from ..ops.norm_rope import backward_with, forward_with
 from ..ops.rms_norm import out_dtype
 from ..ops.rope import empty, work_dtype
 from . import rms_norm, rope
+from .launch import launch
 from .layout import multiprocessors
 from .rms_norm import FACTOR, RESULT, _scale, _total
 
 TILE = 2048
 """Elements of a half that a program has in hand: 32 heads of 128, in one go."""
-STAGES = 2
-"""Tokens that the backward loads ahead: with the programs that a multiprocessor holds, 50 KB or more."""
+STAGES = 3
+"""Tokens that the backward has in hand or on their way: with a multiprocessor's programs, 80 KB or more."""
 
 
 @triton.jit
@@ -191,9 +192,8 @@ def _backward_heads(
     half,
     width,
     eps,
-    scale1,
-    scale2,
-    scale3,
+    offset,
+    w_ptr,
     c1,
     c2,
     s1,
@@ -202,6 +202,7 @@ def _backward_heads(
     dw2,
     dw3,
     ROUNDING: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
@@ -214,13 +215,14 @@ def _backward_heads(
     dy1 = _load(d_ptr, heads, n_heads, d_head, i, half).to(tl.float32)
     dy2 = _load(d_ptr + half, heads, n_heads, d_head, i, half).to(tl.float32)
     d1, d2 = dy1 * c1 + dy2 * s2, dy2 * c2 - dy1 * s1
-    n1, n2 = d1 * scale1, d2 * scale2
+    n1 = d1 * _part(w_ptr, 0, i, half, offset, ROUNDING, HAS_WEIGHT)
+    n2 = d2 * _part(w_ptr, half, i, half, offset, ROUNDING, HAS_WEIGHT)
     square, along = tl.sum(x1 * x1 + x2 * x2, axis=1), tl.sum(n1 * x1 + n2 * x2, axis=1)
     if BLOCK_REST > 0:
         j = tl.arange(0, BLOCK_REST)
         x3 = _load(x_ptr + 2 * half, heads, n_heads, x_head, j, rest).to(tl.float32)
         d3 = _load(d_ptr + 2 * half, heads, n_heads, d_head, j, rest).to(tl.float32)
-        n3 = d3 * scale3
+        n3 = d3 * _part(w_ptr, 2 * half, j, rest, offset, ROUNDING, HAS_WEIGHT)
         square += tl.sum(x3 * x3, axis=1)
         along += tl.sum(n3 * x3, axis=1)
     factor = tl.rsqrt(square / width + tl.cast(eps, tl.float32))[:, None]
@@ -310,22 +312,12 @@ def _norm_rope_backward(
     """dx of q, and of k if there is one, and this program's share of their dweights [programs, width] in float32.
 
     Per element of q and k: dy and x read once, dx written once. Programs stay resident and walk over tokens, with some
-    loaded ahead (STAGES), so that dweights are summed in registers, in a fixed order, over heads at the end.
+    loaded ahead (STAGES), so that dweights are summed in registers, in a fixed order, over heads at the end. Weights
+    are read again for each token, from the cache: kept in registers, they would leave room for fewer programs.
     """
-    i = tl.arange(0, BLOCK_HALF)
-    j = tl.arange(0, REST)
-    rest = width - 2 * half
-    a1 = _part(wq_ptr, 0, i, half, offset, ROUNDING, HAS_WEIGHT)
-    a2 = _part(wq_ptr, half, i, half, offset, ROUNDING, HAS_WEIGHT)
-    a3 = _part(wq_ptr, 2 * half, j, rest, offset, ROUNDING, HAS_WEIGHT)
     dwq1 = tl.zeros((Q_BLOCK, BLOCK_HALF), tl.float32)
     dwq2 = tl.zeros((Q_BLOCK, BLOCK_HALF), tl.float32)
     dwq3 = tl.zeros((Q_BLOCK, REST), tl.float32)
-    b1, b2, b3 = a1, a2, a3
-    if k_ptr is not None:
-        b1 = _part(wk_ptr, 0, i, half, offset, ROUNDING, HAS_WEIGHT)
-        b2 = _part(wk_ptr, half, i, half, offset, ROUNDING, HAS_WEIGHT)
-        b3 = _part(wk_ptr, 2 * half, j, rest, offset, ROUNDING, HAS_WEIGHT)
     dwk1 = tl.zeros((K_BLOCK, BLOCK_HALF), tl.float32)
     dwk2 = tl.zeros((K_BLOCK, BLOCK_HALF), tl.float32)
     dwk3 = tl.zeros((K_BLOCK, REST), tl.float32)
@@ -337,13 +329,13 @@ def _norm_rope_backward(
         d, x, o = dq_ptr + b * dq_b + t * dq_t, q_ptr + b * q_b + t * q_t, oq_ptr + b * oq_b + t * oq_t
         dwq1, dwq2, dwq3 = _backward_heads(
             *(d, x, o, dq_h, q_h, oq_h, block * Q_BLOCK + tl.arange(0, Q_BLOCK), q_heads, half, width, eps),
-            *(a1, a2, a3, c1, c2, s1, s2, dwq1, dwq2, dwq3, ROUNDING, BLOCK_HALF, BLOCK_REST),
+            *(offset, wq_ptr, c1, c2, s1, s2, dwq1, dwq2, dwq3, ROUNDING, HAS_WEIGHT, BLOCK_HALF, BLOCK_REST),
         )
         if k_ptr is not None:
             d, x, o = dk_ptr + b * dk_b + t * dk_t, k_ptr + b * k_b + t * k_t, ok_ptr + b * ok_b + t * ok_t
             dwk1, dwk2, dwk3 = _backward_heads(
                 *(d, x, o, dk_h, k_h, ok_h, block * K_BLOCK + tl.arange(0, K_BLOCK), k_heads, half, width, eps),
-                *(b1, b2, b3, c1, c2, s1, s2, dwk1, dwk2, dwk3, ROUNDING, BLOCK_HALF, BLOCK_REST),
+                *(offset, wk_ptr, c1, c2, s1, s2, dwk1, dwk2, dwk3, ROUNDING, HAS_WEIGHT, BLOCK_HALF, BLOCK_REST),
             )
     if NEED_DWEIGHT:
         row = block * tl.num_programs(0) + tl.program_id(0)
@@ -377,6 +369,17 @@ def _blocks(heads: list[int], half: int) -> tuple[int, list[int], int]:
     return block_half, [*blocks, 1][:2], max(triton.cdiv(n, b) for n, b in zip(heads, blocks, strict=True))
 
 
+def _backward_warps(tile: int, block_half: int) -> tuple[int, int]:
+    """(warps of a program, programs that a multiprocessor holds) of the backward.
+
+    A thread's elements of both halves of x, dy and the weight's gradient fill its registers: 250 for 16 of each, of
+    which a multiprocessor has enough for 8 warps; for 8 of each, 12 warps measured faster than 8 and 16. So did few warps
+    for halves of 128 (16+8 heads of 128, 32+8, 8+4 of 256 on an H100).
+    """
+    warps = min(max(tile // (256 if block_half <= 64 else 512), 1), 4)
+    return warps, (8 if tile >= 512 * warps else 12) // warps
+
+
 def _dtype(dtype: torch.dtype) -> Any:
     return rope._TRITON_DTYPES[dtype]
 
@@ -408,7 +411,9 @@ def forward(
     block_half, (q_block, k_block), blocks = _blocks(heads, half)
     *strides, c_s, s_s = strides
     q_weight, k_weight = (w if w is None else w.contiguous() for w in (q_weight, k_weight))
-    _norm_rope[(b * t, blocks)](
+    launch(
+        _norm_rope,
+        (b * t, blocks),
         q,
         k,
         q_weight,
@@ -465,12 +470,14 @@ def backward(
     half, width = cos.shape[-1] // 2, q.shape[-1]
     block_half, (q_block, k_block), blocks = _blocks(heads, half)
     *strides, c_s, s_s = strides
-    tile = q_block * block_half
-    programs = min(b * t, multiprocessors(q.device) * max(2 * TILE // tile, 1))
+    warps, resident = _backward_warps(q_block * block_half, block_half)
+    programs = min(b * t, multiprocessors(q.device) * resident)
     partial = [q.new_empty((programs * blocks, width) if need_dweight else (0,), dtype=torch.float32) for _ in given]
     weights = [w if w is None else w.contiguous() for w in (q_weight, k_weight)]
     rest = 0 if width == 2 * half else triton.next_power_of_2(width - 2 * half)
-    _norm_rope_backward[(programs, blocks)](
+    launch(
+        _norm_rope_backward,
+        (programs, blocks),
         dq,
         dk,
         q,
@@ -502,12 +509,14 @@ def backward(
         BLOCK_REST=rest,
         REST=max(rest, 1),
         STAGES=STAGES,
-        num_warps=min(max(tile // 256, 1), 8),
+        num_warps=warps,
     )
     none = q.new_empty(0)
     dweights = partial
     if need_dweight:
         dweights = [torch.empty_like(w) for _, _, w in given]
         for sums, dweight in zip(partial, dweights, strict=True):
-            _total[(triton.cdiv(width, 16),)](sums, dweight, programs * blocks, width, BLOCK_ROWS=64, BLOCK_COLS=16)
+            launch(
+                _total, (triton.cdiv(width, 16),), sums, dweight, programs * blocks, width, BLOCK_ROWS=64, BLOCK_COLS=16
+            )
     return *[*dxs, none][:2], *[*dweights, none][:2]

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.rms_norm import out_dtype
+from .launch import launch
 from .layout import multiprocessors, rows
 
 NORMED, RESULT, FACTOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -36,7 +37,7 @@ def _scale(w_ptr, cols, n_cols, offset, ROUNDING: tl.constexpr, HAS_WEIGHT: tl.c
 
 
 @triton.jit
-def _forward(
+def _rms_norm(
     x_ptr,
     r_ptr,
     w_ptr,
@@ -98,7 +99,7 @@ def _add_pairs(a0, a1, b0, b1):
 
 
 @triton.jit
-def _backward(
+def _rms_norm_backward(
     dy_ptr,
     dy2_ptr,
     dy3_ptr,
@@ -235,7 +236,9 @@ def _run_forward(
     n_rows = x.numel() // n_cols
     block_rows, block_cols = _blocks(n_cols)
     weight = weight if weight is None else weight.contiguous()
-    _forward[(triton.cdiv(n_rows, block_rows),)](
+    launch(
+        _rms_norm,
+        (triton.cdiv(n_rows, block_rows),),
         x,
         residual,
         weight,
@@ -307,7 +310,9 @@ def _run_backward(
     stages = 3 if len(more) + (dresidual is not None) == 0 else 2
     weight = weight if weight is None else weight.contiguous()
     partial = x.new_empty((programs, n_cols) if need_dweight else (0,), dtype=torch.float32)
-    _backward[(programs,)](
+    launch(
+        _rms_norm_backward,
+        (programs,),
         dy,
         *(*more, None, None)[:2],
         x,
@@ -338,7 +343,7 @@ def _run_backward(
     if not need_dweight:
         return dx, partial
     dweight = torch.empty_like(weight)
-    _total[(triton.cdiv(n_cols, 16),)](partial, dweight, programs, n_cols, BLOCK_ROWS=64, BLOCK_COLS=16)
+    launch(_total, (triton.cdiv(n_cols, 16),), partial, dweight, programs, n_cols, BLOCK_ROWS=64, BLOCK_COLS=16)
     return dx, dweight
 
 

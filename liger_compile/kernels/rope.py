@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.rope import empty, layouts, work_dtype
+from .launch import launch
 from .layout import collapse
 
 TILE = 4096
@@ -268,7 +269,9 @@ def _launch(
     k_block = min(triton.next_power_of_2(k_sizes[2]), most)
     programs = max(triton.cdiv(sizes[2], q_block), triton.cdiv(k_sizes[2], k_block))
     rest = width - rotated
-    _rope[(sizes[0] * sizes[1], programs)](
+    launch(
+        _rope,
+        (sizes[0] * sizes[1], programs),
         q,
         q if k is None else k,
         yq,

@@ -12,7 +12,9 @@ from torch import Tensor
 
 NAMESPACE = "liger_compile"
 DEFINED: list[Any] = []
-"""The ops that a compiler calls as they are."""
+"""The ops that a compiler is shown whole."""
+LAUNCHERS: dict[Any, Callable[..., Any]] = {}
+"""Of these, the ones that start kernels and do nothing else as a rule, and what does that: see `inline.py`."""
 WHOLE_ON = {"cuda", "meta"}
 """Devices on which a compiler is shown ops whole: those with kernels, and the one that stands for them."""
 
@@ -27,6 +29,8 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
     torch.library.impl(name, "CUDA")(cuda)
     torch.library.register_fake(name)(fake)
     DEFINED.append(_op(name))
+    if isinstance(cuda, Launcher):
+        LAUNCHERS[DEFINED[-1]] = cuda
     return DEFINED[-1]
 
 
@@ -66,14 +70,19 @@ def shows_plain(x: Tensor) -> bool:
     return is_traced(x) and x.device.type not in WHOLE_ON
 
 
-def kernel(module: str, function: str) -> Callable[..., Any]:
+class Launcher:
     """A function of `liger_compile.kernels.<module>`, imported on first use: triton is not needed before."""
 
-    @functools.cache
-    def load() -> Callable[..., Any]:
+    def __init__(self, module: str, function: str) -> None:
+        self.name = module, function
+
+    @functools.cached_property
+    def function(self) -> Callable[..., Any]:
+        module, function = self.name
         return getattr(importlib.import_module(f"liger_compile.kernels.{module}"), function)
 
-    return lambda *args, **kwargs: load()(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
 
 
 def dense_like(y: Tensor, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._torch import known_true
-from ._library import define, kernel, once_differentiable
+from ._library import Launcher, define, once_differentiable
 
 SLAB_BYTES = 32 << 20
 TILE = 128
@@ -261,7 +261,7 @@ def _reference(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _cuda(*args: Any) -> tuple[Tensor, ...]:
-    return _forward_with(kernel("cross_entropy", "rows"), *args)
+    return _forward_with(Launcher("cross_entropy", "rows"), *args)
 
 
 linear_cross_entropy_forward = define(
@@ -316,7 +316,7 @@ def _backward_reference(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
-    return _backward_with(kernel("scale", "scaled"), *args)
+    return _backward_with(Launcher("scale", "scaled"), *args)
 
 
 linear_cross_entropy_backward = define(
@@ -364,7 +364,7 @@ def _from_logits_reference(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _from_logits_cuda(*args: Any) -> tuple[Tensor, ...]:
-    return _from_logits_with(kernel("cross_entropy", "row_gradients"), kernel("scale", "scaled"), *args)
+    return _from_logits_with(Launcher("cross_entropy", "row_gradients"), Launcher("scale", "scaled"), *args)
 
 
 linear_cross_entropy_from_logits = define(

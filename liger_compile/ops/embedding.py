@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._library import define, define_composite, kernel, shows_plain
+from ._library import Launcher, define, define_composite, shows_plain
 
 
 def _fake(dy: Tensor, ids: Tensor, classes: int, padding_idx: int) -> Tensor:
@@ -45,7 +45,7 @@ def _cuda(dy: Tensor, ids: Tensor, classes: int, padding_idx: int) -> Tensor:
     token, order = ids.to(torch.int32).sort(stable=True)
     dy = dy.reshape(-1, dy.shape[-1])
     dweight = dy.new_zeros((classes, dy.shape[-1]))
-    kernel("embedding", "backward")(dy if dy.stride(1) == 1 else dy.contiguous(), token, order, dweight)
+    Launcher("embedding", "backward")(dy if dy.stride(1) == 1 else dy.contiguous(), token, order, dweight)
     return dweight
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import define, define_forward, dense_like, kernel, once_differentiable
+from ._library import Launcher, define, define_forward, dense_like, once_differentiable
 
 ACTIVATIONS = ("silu", "sigmoid")
 ROUNDINGS = ("normed", "result")
@@ -142,14 +142,14 @@ gated_rms_norm_forward, gated_rms_norm = define_forward(
     ' str rounding="normed", int[]? groups=None) -> Tensor',
     _reference,
     _fake,
-    kernel("gated_rms_norm", "forward"),
+    Launcher("gated_rms_norm", "forward"),
 )
 gated_rms_norm_backward = define(
     "gated_rms_norm_backward(Tensor dy, Tensor x, Tensor gate, Tensor weight, float eps, str activation,"
     " bool gate_first, str rounding, int[]? groups, bool need_dweight) -> (Tensor, Tensor, Tensor)",
     _backward_reference,
     _backward_fake,
-    kernel("gated_rms_norm", "backward"),
+    Launcher("gated_rms_norm", "backward"),
 )
 
 

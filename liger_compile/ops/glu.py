@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._library import define, define_forward, dense_like, kernel, once_differentiable
+from ._library import Launcher, define, define_forward, dense_like, once_differentiable
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
@@ -203,26 +203,26 @@ glu_forward, glu = define_forward(
     f'glu(Tensor gate, Tensor up, str activation="silu", {_VARIANT}) -> Tensor',
     _reference,
     _fake,
-    kernel("glu", "forward"),
+    Launcher("glu", "forward"),
 )
 glu_backward = define(
     f"glu_backward(Tensor dy, Tensor gate, Tensor up, str activation, {_VARIANT}) -> (Tensor, Tensor)",
     _backward_reference,
     _backward_fake,
-    kernel("glu", "backward"),
+    Launcher("glu", "backward"),
 )
 packed_glu_forward, packed_glu = define_forward(
     f'packed_glu(Tensor x, str activation="silu", bool gate_first=True, {_VARIANT}, bool interleaved=False) -> Tensor',
     _packed_reference,
     _packed_fake,
-    kernel("glu", "packed_forward"),
+    Launcher("glu", "packed_forward"),
 )
 packed_glu_backward = define(
     f"packed_glu_backward(Tensor dy, Tensor x, str activation, bool gate_first, {_VARIANT}, bool interleaved=False)"
     " -> Tensor",
     _packed_backward_reference,
     _packed_backward_fake,
-    kernel("glu", "packed_backward"),
+    Launcher("glu", "packed_backward"),
 )
 
 

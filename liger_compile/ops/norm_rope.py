@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import rms_norm, rope
-from ._library import define, kernel
+from ._library import Launcher, define
 
 
 def _check(q_weight: Tensor | None, k: Tensor | None, k_weight: Tensor | None) -> None:
@@ -101,7 +101,7 @@ norm_rope = define(
     " float offset, str rounding, bool upcast, bool promote, bool contiguous) -> (Tensor, Tensor)",
     _reference,
     _fake,
-    kernel("norm_rope", "forward"),
+    Launcher("norm_rope", "forward"),
 )
 norm_rope_backward = define(
     "norm_rope_backward(Tensor dq, Tensor? dk, Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor cos,"
@@ -109,5 +109,5 @@ norm_rope_backward = define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_reference,
     _backward_fake,
-    kernel("norm_rope", "backward"),
+    Launcher("norm_rope", "backward"),
 )

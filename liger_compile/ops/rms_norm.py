@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import define, define_forward, dense_like, kernel, once_differentiable
+from ._library import Launcher, define, define_forward, dense_like, once_differentiable
 
 ROUNDINGS = ("normed", "result", "factor")
 
@@ -164,14 +164,14 @@ rms_norm_forward, rms_norm = define_forward(
     'rms_norm(Tensor x, Tensor? weight, float eps, float offset=0.0, str rounding="normed") -> Tensor',
     _reference,
     _fake,
-    kernel("rms_norm", "forward"),
+    Launcher("rms_norm", "forward"),
 )
 rms_norm_backward = define(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps, float offset, str rounding, bool need_dweight)"
     " -> (Tensor, Tensor)",
     _backward_reference,
     _backward_fake,
-    kernel("rms_norm", "backward"),
+    Launcher("rms_norm", "backward"),
 )
 
 add_rms_norm = define(
@@ -179,20 +179,20 @@ add_rms_norm = define(
     " -> (Tensor, Tensor)",
     _add_reference,
     _add_fake,
-    kernel("rms_norm", "add_forward"),
+    Launcher("rms_norm", "add_forward"),
 )
 rms_norm_add = define(
     "rms_norm_add(Tensor x, Tensor residual, Tensor? weight, float eps, float offset, str rounding) -> Tensor",
     _added_reference,
     _added_fake,
-    kernel("rms_norm", "forward_add"),
+    Launcher("rms_norm", "forward_add"),
 )
 rms_norm_backward_add = define(
     "rms_norm_backward_add(Tensor[] dy, Tensor x, Tensor? weight, Tensor? dresidual, float eps, float offset,"
     " str rounding, bool need_dweight, bool again) -> (Tensor, Tensor, Tensor)",
     _backward_add_reference,
     _backward_add_fake,
-    kernel("rms_norm", "backward_add"),
+    Launcher("rms_norm", "backward_add"),
 )
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import define, define_composite, define_forward, dense_like, kernel, once_differentiable
+from ._library import Launcher, define, define_composite, define_forward, dense_like, once_differentiable
 
 LAYOUTS = ("halves", "neighbours", "neighbours to halves")
 
@@ -203,28 +203,28 @@ rope_forward, rope = define_forward(
     " -> Tensor",
     _reference,
     _fake,
-    kernel("rope", "forward"),
+    Launcher("rope", "forward"),
 )
 rope_pair_forward, rope_pair = define_forward(
     "rope_pair(Tensor q, Tensor k, Tensor cos, Tensor sin, bool upcast=False, bool promote=False,"
     f" bool contiguous=False, {_MORE}) -> (Tensor, Tensor)",
     _pair_reference,
     _pair_fake,
-    kernel("rope", "pair_forward"),
+    Launcher("rope", "pair_forward"),
 )
 rope_backward = define(
     f"rope_backward(Tensor dy, Tensor cos, Tensor sin, SymInt[] strides, ScalarType dtype, bool upcast, {_MORE})"
     " -> Tensor",
     _backward_reference,
     _backward_fake,
-    kernel("rope", "backward"),
+    Launcher("rope", "backward"),
 )
 rope_pair_backward = define(
     "rope_pair_backward(Tensor dq, Tensor dk, Tensor cos, Tensor sin, SymInt[] q_strides, SymInt[] k_strides,"
     f" ScalarType dtype, bool upcast, {_MORE}) -> (Tensor, Tensor)",
     _pair_backward_reference,
     _pair_backward_fake,
-    kernel("rope", "pair_backward"),
+    Launcher("rope", "pair_backward"),
 )
 
 
