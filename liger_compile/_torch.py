@@ -74,11 +74,11 @@ def is_plain_tensor(value: Any) -> bool:
     return type(value) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
-def fake_mode() -> Any:
-    """A mode in which tensors have no data, as those that a graph is compiled with. Checked on 2.13."""
+def fake_mode(shape_env: Any = None) -> Any:
+    """A mode in which tensors have no data, as those that a graph is compiled with. Checked on 2.11, 2.13."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=shape_env)
 
 
 def run_on_fakes(node: torch.fx.Node, value_of: Any) -> Any:
@@ -219,79 +219,104 @@ def _lowered(op: Any, launcher: Callable[..., Any], called: Callable[..., Any]) 
     """
 
     def lower(*args: Any, **kwargs: Any) -> Any:
+        import sympy
         from torch._inductor import ir
-        from torch.utils._pytree import tree_map_only
+        from torch._inductor.virtualized import V
+        from torch.utils._pytree import tree_map
         from triton.runtime.jit import JITFunction
 
         from .inline import NotLaunchesAlone, program
 
+        shape_env = V.graph.sizevars.shape_env
         realized: dict[int, Any] = {}
 
-        def fake(box: Any) -> torch.Tensor:
-            x = ir.ExternKernel.realize_input(box)
-            layout = x.get_layout()
-            if not all(is_number(n) for n in (*layout.size, *layout.stride, layout.offset)):
-                raise NotLaunchesAlone("sizes that are not numbers")
-            size, stride = (tuple(map(int, n)) for n in (layout.size, layout.stride))
+        def stand_in(value: Any) -> Any:
+            """A tensor without data for a buffer, a symbolic number for an expression."""
+            if isinstance(value, sympy.Expr):
+                return int(value) if value.is_number else shape_env.create_symintnode(value, hint=None)
+            if not isinstance(value, ir.TensorBox):
+                return value
+            layout = ir.ExternKernel.realize_input(value).get_layout()
+            size, stride = ([stand_in(sympy.sympify(n)) for n in dims] for dims in (layout.size, layout.stride))
             made = torch.empty_strided(size, stride, dtype=layout.dtype, device=layout.device)
-            realized[storage_key(made)] = box, int(layout.offset)
+            realized[storage_key(made)] = value, layout.offset
             return made
 
         try:
-            with fake_mode():
-                found = program(functools.partial(launcher, **kwargs), tree_map_only(ir.TensorBox, fake, args))
+            with fake_mode(shape_env), _known_only(shape_env, NotLaunchesAlone):
+                found = program(functools.partial(launcher, **tree_map(stand_in, kwargs)), tree_map(stand_in, args))
             if not all(isinstance(each.kernel, JITFunction) for each in found.launches):
                 raise NotLaunchesAlone("kernels are interpreted")
-        except NotLaunchesAlone as reason:
-            log.debug("%s is called as an op: %s", op, reason)
+        except Exception as reason:  # most often NotLaunchesAlone: then that is how it must be
+            log.debug("%s is called as an op: %s: %s", op, type(reason).__name__, reason)
             return called(*args, **kwargs)
         return _started(found, realized)
 
     return lower
 
 
-def is_number(size: Any) -> bool:
-    """Whether a size is known, not a symbol."""
-    return isinstance(size, int) or bool(getattr(size, "is_number", False))
+@contextlib.contextmanager
+def _known_only(shape_env: Any, error: type[Exception]) -> Any:
+    """Within it, a condition on symbolic sizes is decided only if it holds, or fails, for all sizes that there may be:
+    else `error` is raised. Checked on 2.11, 2.13."""
+
+    def decided(node: Any, size_oblivious: bool = False, fallback_value: bool | None = None) -> Any:
+        found = shape_env._maybe_evaluate_static(node.expr)
+        if found is None and fallback_value is None:
+            raise error(f"it hangs on {node.expr}")
+        return fallback_value if found is None else found
+
+    shape_env.evaluate_sym_node = decided  # of this one alone, in front of the class's
+    try:
+        yield
+    finally:
+        del shape_env.evaluate_sym_node
 
 
 def _started(program: Any, realized: dict[int, Any]) -> Any:
     """A program's buffers and kernels in the graph that Inductor is making; its results there. `realized` has the
     operands: by their storage, what they are there and where they begin. Checked on 2.11, 2.13."""
+    import sympy
     from torch._inductor import lowering
-    from torch.utils._pytree import tree_map_only
+    from torch._inductor.virtualized import V
+    from torch.utils._pytree import tree_map, tree_map_only
 
-    there = dict(realized)
-    made = set()
-    for t in program.made:
-        base = t if t._base is None else t._base
-        box = lowering.empty_strided(list(base.shape), list(base.stride()), dtype=base.dtype, device=base.device)
-        there[storage_key(t)] = box, 0
-        made.add(storage_key(t))
+    def there(value: Any) -> Any:
+        return value.node.expr if isinstance(value, torch.SymInt) else value
+
+    def same(sizes: Any, others: Any) -> bool:
+        known = V.graph.sizevars.statically_known_equals
+        return len(sizes) == len(others) and all(known(sympy.sympify(a), b) for a, b in zip(sizes, others, strict=True))
 
     def place(t: torch.Tensor) -> Any:
-        box, start = there[storage_key(t)]
-        sizes, strides = box.get_size(), box.get_stride()
-        if t.storage_offset() == 0 and tuple(sizes) == tuple(t.shape) and tuple(strides) == t.stride():
+        box, start = placed[storage_key(t)]
+        size, stride, offset = (tree_map(there, list(n)) for n in (t.shape, t.stride(), [t.storage_offset()]))
+        if offset == [0] and same(size, box.get_size()) and same(stride, box.get_stride()):
             return box
-        as_strided = lowering.lowerings[torch.ops.aten.as_strided.default]
-        return as_strided(box, list(t.shape), list(t.stride()), start + t.storage_offset())
+        return lowering.lowerings[torch.ops.aten.as_strided.default](box, size, stride, start + offset[0])
 
+    placed = dict(realized)
+    made = set()
+    for t in program.made:
+        whole = t if t._base is None else t._base
+        size, stride = (tree_map(there, list(n)) for n in (whole.shape, whole.stride()))
+        placed[storage_key(t)] = lowering.empty_strided(size, stride, dtype=t.dtype, device=t.device), 0
+        made.add(storage_key(t))
     for each in program.launches:
         tensors = {k: v for k, v in each.arguments.items() if isinstance(v, torch.Tensor)}
         written = [k for k, t in tensors.items() if storage_key(t) in made]
-        arguments = {k: place(v) if k in tensors else v for k, v in each.arguments.items()}
-        _kernel_class()(_configured(each.kernel, each.num_warps), each.grid, arguments, written)
+        arguments = {k: place(v) if k in tensors else there(v) for k, v in each.arguments.items()}
+        grid = tuple(map(there, each.grid))
+        _kernel_class()(_configured(each.kernel, each.num_warps), grid, arguments, written)
     return tree_map_only(torch.Tensor, place, program.results)
 
 
 @functools.cache
-def _configured(kernel: Any, num_warps: int) -> int:
-    """Inductor's number for a Triton kernel that is to run with so many warps. Checked on 2.11, 2.13."""
+def _configured(kernel: Any, num_warps: int) -> Any:
+    """A Triton kernel that is to run with so many warps, as Inductor takes it. Checked on 2.11, 2.13."""
     import triton
-    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-    return kernel_side_table.add_kernel(triton.autotune([triton.Config({}, num_warps=num_warps)], key=[])(kernel))
+    return triton.autotune([triton.Config({}, num_warps=num_warps)], key=[])(kernel)
 
 
 @functools.cache
@@ -300,11 +325,12 @@ def _kernel_class() -> type:
 
     To find that out, Inductor would compile the kernel to Triton's IR at each of its places. Checked on 2.11, 2.13.
     """
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
     from torch._inductor import ir
     from torch._inductor.virtualized import V
 
     class Kernel(ir.UserDefinedTritonKernel):
-        def __init__(self, number: int, grid: tuple[int, ...], arguments: dict[str, Any], written: list[str]) -> None:
+        def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], written: list[str]) -> None:
             kwargs = {
                 k: ir.InputsKernel.unwrap_storage_for_input(self.realize_input(v)) if isinstance(v, ir.TensorBox) else v
                 for k, v in arguments.items()
@@ -314,10 +340,9 @@ def _kernel_class() -> type:
             self.device = inputs[0].get_device()
             nothing = ir.NoneLayout(device=self.device)
             ir.ExternKernel.__init__(self, None, nothing, inputs, others, kwargs)
-            self.kernel_idx = number
+            self.kernel_idx = kernel_side_table.add_kernel(kernel)  # which Dynamo's reset empties
             self.grid = [(*grid, 1, 1)[:3]]
-            kernel = self.get_kernel_and_metadata()[0]
-            self.ordered_kwargs_for_cpp_kernel = [name for name in kernel.arg_names if name in arguments]
+            self.ordered_kwargs_for_cpp_kernel = [name for name in kernel.fn.arg_names if name in arguments]
             self.mutable_args = list({arguments[k].get_name(): arguments[k] for k in written}.values())
             self.mutation_outputs = [ir.MutationOutput(nothing, box, self) for box in self.mutable_args]
             V.graph.register_operation(self)

@@ -86,16 +86,18 @@ def block(x, w1, w2, a, b):
     return norm(x, w2)
 
 
-COS, SIN = torch.randn(1, 1, 6, 16), torch.randn(1, 1, 6, 16)
+COS, SIN = torch.randn(1, 1, 9, 16), torch.randn(1, 1, 9, 16)
 
 
 def heads(x, a, wq, wk):
-    q, k = (x @ a).view(2, 6, 3, 16).split((2, 1), dim=2)
+    q, k = (x @ a).view(2, -1, 3, 16).split((2, 1), dim=2)
     q, k = norm(q, wq).transpose(1, 2), norm(k, wk).transpose(1, 2)
-    return rotate(q, COS, SIN), rotate(k, COS, SIN)
+    cos, sin = COS[:, :, : x.shape[1]], SIN[:, :, : x.shape[1]]
+    return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
-def gated(x, g, w):
+def gated(x, a, w):
+    g = x @ a
     return (norm(x, w) * F.silu(g.float())).to(x.dtype), F.gelu(x, approximate="tanh") * g
 
 
@@ -106,12 +108,14 @@ def some(*shape):
 CASES = {
     block: ((2, 6, 16), (16,), (16,), (16, 64), (32, 16)),
     heads: ((2, 6, 16), (16, 48), (16,), (16,)),
-    gated: ((6, 16), (6, 16), (16,)),
+    gated: ((6, 16), (16, 16), (16,)),
 }
 
 
-def results(function, operands):
+def results(function, operands, dynamic=False):
     operands = [o.detach().clone().requires_grad_() for o in operands]
+    if dynamic:
+        torch._dynamo.mark_dynamic(operands[0], operands[0].ndim - 2)
     outputs = function(*operands)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(3)
@@ -130,15 +134,24 @@ def main() -> None:
     driver.set_active(Driver())
     _library.WHOLE_ON.add("cpu")
     AsyncCompile.triton = lambda self, name, source, device_str="cuda": Kernel(name, source)
-    for function, shapes in CASES.items():
+    for (function, shapes), dynamic in itertools.product(CASES.items(), (False, True)):
+        torch._dynamo.reset()
         STARTED.clear()
+        compiled = torch.compile(function, backend="liger", fullgraph=True)
         operands = [some(*shape) for shape in shapes]
-        expected = results(function, operands)
-        made = results(torch.compile(function, backend="liger", fullgraph=True), operands)
-        for i, (ours, eager) in enumerate(zip(made, expected, strict=True)):
-            error = relative_error(ours.detach(), eager.detach())
-            assert error < 1e-5, (function.__name__, i, error)
-        print(function.__name__, sorted(STARTED))
+        compare(function, compiled, operands, dynamic)
+        print(function.__name__ + dynamic * "_dynamic", sorted(STARTED), flush=True)
+        if dynamic:  # and once more with other sizes, without compiling
+            operands[0] = some(*(n if d != operands[0].ndim - 2 else n + 2 for d, n in enumerate(operands[0].shape)))
+            with torch.compiler.set_stance("fail_on_recompile"):
+                compare(function, compiled, operands, dynamic)
+
+
+def compare(function, compiled, operands, dynamic):
+    expected, made = results(function, operands), results(compiled, operands, dynamic)
+    for i, (ours, eager) in enumerate(zip(made, expected, strict=True)):
+        error = relative_error(ours.detach(), eager.detach())
+        assert error < 1e-5, (function.__name__, dynamic, i, error)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops.gated_rms_norm import out_dtype
 from .launch import launch
-from .layout import multiprocessors
+from .layout import least, multiprocessors
 from .rms_norm import _add_pairs, _addressed, _blocks, _offsets, _total, _warps
 
 
@@ -240,7 +240,7 @@ def backward(
     tile = block_rows * block_cols
     # As `rms_norm.backward`, with one operand more in each stage ahead.
     resident = multiprocessors(x.device) * max(8192 // tile, 1)
-    programs = min(triton.cdiv(n_rows, block_rows), triton.cdiv(resident, n_groups))
+    programs = least(triton.cdiv(n_rows, block_rows), triton.cdiv(resident, n_groups))
     ahead = tile * x.element_size() <= 16384
     partial = x.new_empty((programs, width) if need_dweight else (0,), dtype=torch.float32)
     launch(

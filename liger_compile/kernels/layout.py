@@ -39,3 +39,13 @@ def rows(*tensors: Tensor, dims: int) -> tuple[list[int], list[list[int]]] | Non
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a device; a small number where kernels are only interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def least(a: int, b: int) -> int:
+    """The lesser of two sizes, either of which a compiler may not know yet."""
+    return torch.sym_min(a, b)
+
+
+def alike(*sizes: Sequence[int]) -> bool:
+    """Whether several sizes are the same; a compiler may not know them, so that they cannot be members of a set."""
+    return all(a == b for each in sizes[1:] for a, b in zip(sizes[0], each, strict=True))

@@ -14,7 +14,7 @@ from ..ops.rms_norm import out_dtype
 from ..ops.rope import empty, work_dtype
 from . import rms_norm, rope
 from .launch import launch
-from .layout import multiprocessors
+from .layout import alike, least, multiprocessors
 from .rms_norm import FACTOR, RESULT, _scale, _total
 
 TILE = 2048
@@ -355,7 +355,7 @@ def _plan(groups: list[list[Tensor]], cos: Tensor, sin: Tensor) -> tuple[list[in
     for tensors in groups:
         c, s = (a.expand(*tensors[0].shape[:-1], a.shape[-1]) for a in (cos, sin))
         plans.append(rope._tokens([*tensors, c, s], rope._head_dim(tensors[0], c)))
-    if None in plans or len({(*sizes[:2], *strides[-2][:2], *strides[-1][:2]) for sizes, strides in plans}) > 1:
+    if None in plans or not alike(*((*sizes[:2], *strides[-2][:2], *strides[-1][:2]) for sizes, strides in plans)):
         return None
     (b, t, _), angles = plans[0][0], plans[0][1][-2:]
     return [b, t], [sizes[2] for sizes, _ in plans], [s for _, strides in plans for s in strides[:-2]] + list(angles)
@@ -373,8 +373,8 @@ def _backward_warps(tile: int, block_half: int) -> tuple[int, int]:
     """(warps of a program, programs that a multiprocessor holds) of the backward.
 
     A thread's elements of both halves of x, dy and the weight's gradient fill its registers: 250 for 16 of each, of
-    which a multiprocessor has enough for 8 warps; for 8 of each, 12 warps measured faster than 8 and 16. So did few warps
-    for halves of 128 (16+8 heads of 128, 32+8, 8+4 of 256 on an H100).
+    which a multiprocessor has enough for 8 warps; for 8 of each, 12 warps measured faster than 8 and 16. So did few
+    warps for halves of 128 (16+8 heads of 128, 32+8, 8+4 of 256 on an H100).
     """
     warps = min(max(tile // (256 if block_half <= 64 else 512), 1), 4)
     return warps, (8 if tile >= 512 * warps else 12) // warps
@@ -471,7 +471,7 @@ def backward(
     block_half, (q_block, k_block), blocks = _blocks(heads, half)
     *strides, c_s, s_s = strides
     warps, resident = _backward_warps(q_block * block_half, block_half)
-    programs = min(b * t, multiprocessors(q.device) * resident)
+    programs = least(b * t, multiprocessors(q.device) * resident)
     partial = [q.new_empty((programs * blocks, width) if need_dweight else (0,), dtype=torch.float32) for _ in given]
     weights = [w if w is None else w.contiguous() for w in (q_weight, k_weight)]
     rest = 0 if width == 2 * half else triton.next_power_of_2(width - 2 * half)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops.rms_norm import out_dtype
 from .launch import launch
-from .layout import multiprocessors, rows
+from .layout import least, multiprocessors, rows
 
 NORMED, RESULT, FACTOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _ROUNDINGS = {"normed": 0, "result": 1, "factor": 2}
@@ -305,7 +305,7 @@ def _run_backward(
     block_rows, block_cols = _blocks(n_cols)
     tile = block_rows * block_cols
     # A multiprocessor has 8192 elements in hand and as many in each stage ahead, which wide rows leave no room for.
-    programs = min(triton.cdiv(n_rows, block_rows), multiprocessors(x.device) * max(8192 // tile, 1))
+    programs = least(triton.cdiv(n_rows, block_rows), multiprocessors(x.device) * max(8192 // tile, 1))
     ahead = tile * x.element_size() <= 16384
     stages = 3 if len(more) + (dresidual is not None) == 0 else 2
     weight = weight if weight is None else weight.contiguous()

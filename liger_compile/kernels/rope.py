@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops.rope import empty, layouts, work_dtype
 from .launch import launch
-from .layout import collapse
+from .layout import alike, collapse
 
 TILE = 4096
 """Elements of a half a program rotates at a time: 32 heads of 128, the widest common case, in one go."""
@@ -249,8 +249,9 @@ def _launch(
         s = sin.expand(*x.shape[:-1], cos.shape[-1])
         # One component of cos and sin stands for all: they may have gaps.
         plans.append((_tokens([x, y, c[..., :1], s[..., :1]], _head_dim(x, c)), c, s))
-    agree = len({(*p[0][0][:2], *p[0][1][2][:2], *p[0][1][3][:2]) for p in plans if p[0] is not None}) == 1
-    if not agree or any(p[0] is None for p in plans):  # layouts that share no tokens: one at a time, copied
+    found = [p[0] for p in plans if p[0] is not None]
+    agree = alike(*((*sizes[:2], *strides[2][:2], *strides[3][:2]) for sizes, strides in found))
+    if not agree or len(found) < len(plans):  # layouts that share no tokens: one at a time, copied
         for (x, y), (plan, c, s) in zip(pairs, plans, strict=True):
             if plan is not None and len(pairs) > 1:
                 _launch(x, None, y, None, cos, sin, *how)
