@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 
 from liger_compile import ops
@@ -94,6 +95,13 @@ def cases() -> dict[str, dict[str, Any]]:
             "operands": (tensor(TOKENS, width), tensor(TOKENS, width)),
             "bytes": (6 * TOKENS * width, 10 * TOKENS * width),
         }
+    made[f"SwiGLU, packed {TOKENS} x {2 * 8192}"] = {
+        "plain": lambda x: F.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],
+        "ours": lambda x: ops.packed_glu(x),
+        "liger": None,
+        "operands": (tensor(TOKENS, 2 * 8192),),
+        "bytes": (6 * TOKENS * 8192, 10 * TOKENS * 8192),
+    }
     made[f"SwiGLU of GPT-OSS, interleaved {TOKENS} x {2 * 2880}"] = {
         "plain": swiglu_oai,
         "ours": lambda x: ops.packed_glu(x, limit=7.0, alpha=1.702, up_offset=1.0, interleaved=True),
@@ -238,6 +246,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="measure the ops whose names contain this")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
+    # Else a compiled function copies each incoming gradient that is laid out as its result, and not contiguous.
+    torch._functorch.config.guess_tangent_strides_as_outputs = True
     rate = common.ceilings()["copy_TB_per_s"] * 1e9
     rows = []
     for name, case in cases().items():
