@@ -76,14 +76,17 @@ def is_norm(node: fx.Node) -> bool:
 
 
 def is_rotation(node: fx.Node) -> bool:
-    """Halves or neighbours put together with one of them negated, or pairs multiplied as complex numbers."""
+    """Halves or neighbours put together with one of them negated, or rotated apart; or pairs as complex numbers."""
     if op(node) == "view_as_real":
         product = origin(node.args[0])
         return op(product) == "mul" and "view_as_complex" in map(op, map(origin, product.args))
     if op(node) not in ("cat", "stack"):
         return False
     parts = [origin(p) for p in node.args[0]]
-    return len(parts) == 2 and [op(p) for p in parts].count("neg") == 1
+    names = [op(p) for p in parts]
+    if names == ["sub", "add"]:
+        return all(op(origin(a)) == "mul" for p in parts for a in p.args[:2])
+    return len(parts) == 2 and names.count("neg") == 1
 
 
 def activated(node: Any) -> Any:
