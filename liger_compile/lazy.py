@@ -18,6 +18,9 @@ from torch import Tensor, fx, nn
 from .graph_terms import value_of
 from .legality import Site, sources
 
+REMEMBERED = 256
+"""Shapes that a recipe remembers."""
+
 
 def autocast_state(device: str) -> dict[str, Any] | None:
     """The arguments of a `torch.autocast` that restores what holds now; None on a device without one (meta)."""
@@ -40,6 +43,7 @@ class Recipe(nn.Module):
         self.body = body
         self.dtype, self.requires_grad = example.dtype, example.requires_grad
         self.autocast = autocast_state(example.device.type)
+        self.shapes: dict[tuple[Any, ...], Tensor] = {}
 
     def forward(self, *inputs: Any) -> Tensor:
         if all(type(i) in (Tensor, nn.Parameter) or not isinstance(i, Tensor) for i in inputs):
@@ -51,10 +55,16 @@ class Recipe(nn.Module):
             return self.body(*inputs)
 
     def shape_of(self, inputs: Sequence[Any]) -> Tensor:
-        """The value's shape and strides, on the meta device."""
-        meta = [i.detach().to("meta") if isinstance(i, Tensor) else i for i in inputs]
-        with torch.no_grad():
-            return self.body(*meta)
+        """The value's shape and strides, on the meta device. Remembered, since finding it takes longer than all else
+        that a step does here."""
+        key = tuple((i.shape, i.stride(), i.dtype) if isinstance(i, Tensor) else i for i in inputs)
+        if key not in self.shapes:
+            if len(self.shapes) >= REMEMBERED:
+                self.shapes.clear()
+            meta = [i.detach().to("meta") if isinstance(i, Tensor) else i for i in inputs]
+            with torch.no_grad():
+                self.shapes[key] = self.body(*meta)
+        return self.shapes[key]
 
 
 @dataclass

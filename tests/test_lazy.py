@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from helpers import capture, relative_error, rewritten
 
 from liger_compile import Options, rewrite
-from liger_compile.lazy import LazyTensor
+from liger_compile.lazy import LazyTensor, Recipe
 
 SCALE = 3.0
 
@@ -186,6 +186,18 @@ def test_reading(case, name):
     assert ours.dtype is eager.dtype and ours.stride() == eager.stride() and torch.equal(ours, eager)
     if name not in ("torch.save", "pickle"):
         assert ours.requires_grad == eager.requires_grad
+
+
+def test_sizes_are_found_once_each():
+    body = torch.fx.symbolic_trace(lambda h, w: (h @ w.t())[:, 1:])
+    weight = torch.randn(5, 4)
+    recipe = Recipe(body, torch.randn(3, 4))
+    for rows in (3, 7, 3, 1):
+        hidden = torch.randn(rows, 4)
+        value = recipe(hidden, weight)
+        assert value.shape == (rows, 4) and not value.computed
+        torch.testing.assert_close(value + 0, (hidden @ weight.t())[:, 1:])
+    assert len(recipe.shapes) == 3
 
 
 def test_computed_once(case):
