@@ -1,6 +1,6 @@
 """Whole training steps, forward and backward, of model shapes that people train.
 
-    python -m bench.models [llama] [qwen3] [mistral] [gemma2] [llama-padded] [qwen3-padded] [--out FOLDER]
+    python -m bench.models [llama] [qwen3] [mistral] [gemma2] [llama-padded] [qwen3-padded] [qwen3-short] [--out FOLDER]
 
 Eager, Inductor, Liger-Kernel and liger_compile in one process, timed in turns; each with the whole model
 (`torch.compile(model)`, which returns logits) and, compiled, with a step that returns the loss alone.
@@ -96,6 +96,12 @@ CASES: dict[str, dict[str, Any]] = {
         "rows": 2,
         "length": 128,
     },
+}
+CASES["qwen3-short"] = {
+    **CASES["qwen3"],
+    "title": "Qwen3-0.6B shape, 28 layers, 1 x 256 tokens: bound by the host",
+    "rows": 1,
+    "length": 256,
 }
 for _name in ("llama", "qwen3", "tiny"):
     CASES[f"{_name}-padded"] = {
