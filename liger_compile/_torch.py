@@ -191,6 +191,10 @@ def graph_pass(config: dict[str, Any], function: Callable[[torch.fx.Graph], None
     return None if config.get(name) or getattr(current, name) else {**config, name: Pass()}
 
 
+STARTED_BEFORE = (2, 14)
+"""The first version of torch whose Inductor is given no kernels to start: how it takes them was not looked at."""
+
+
 def _know_ops() -> None:
     """Tells Inductor of our ops: which are kernels to start (`_lowered`), and that others are called as they are.
 
@@ -206,7 +210,7 @@ def _know_ops() -> None:
         if op not in lowering.lowerings:
             constraint = lowering.tag_to_layout_constraint(torch.Tag.needs_exact_strides)
             lowering.make_fallback(op, constraint, warn=False)
-            if op in LAUNCHERS:
+            if op in LAUNCHERS and torch.__version__ < STARTED_BEFORE:
                 called = lowering.lowerings[op]
                 lowering.register_lowering(op, type_promotion_kind=None)(_lowered(op, LAUNCHERS[op], called))
 
@@ -233,6 +237,8 @@ def _lowered(op: Any, launcher: Callable[..., Any], called: Callable[..., Any]) 
         def stand_in(value: Any) -> Any:
             """A tensor without data for a buffer, a symbolic number for an expression."""
             if isinstance(value, sympy.Expr):
+                if not value.is_integer:
+                    raise NotLaunchesAlone(f"{value} is a number that is not known, and no size")
                 return int(value) if value.is_number else shape_env.create_symintnode(value, hint=None)
             if not isinstance(value, ir.TensorBox):
                 return value

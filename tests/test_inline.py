@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_ops import SAMPLES
+from torch._inductor import lowering
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from liger_compile import _torch, inline
@@ -92,6 +93,18 @@ def test_a_launcher_that_copies_is_called_as_an_op():
     x = torch.randn(3, 5, 7, 2, 16).permute(1, 3, 0, 2, 4)[::2, :, ::2, ::3]
     with pytest.raises(inline.NotLaunchesAlone):
         inline.program(_library.LAUNCHERS[NAMES["rms_norm_forward"]], (x, None, 1e-6, 0.0, "normed"))
+
+
+def test_a_version_that_was_not_looked_at(monkeypatch):
+    """Ops are called as ops there."""
+    monkeypatch.setattr(_torch, "STARTED_BEFORE", (2, 0))
+    op = NAMES["glu_forward"]
+    before = lowering.lowerings.pop(op, None)
+    monkeypatch.setattr(_torch, "_lowered", lambda *_: pytest.fail("kernels are started"))
+    _torch._know_ops()
+    assert lowering.lowerings.pop(op)
+    if before is not None:
+        lowering.lowerings[op] = before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs interpreted; whole models run on the GPU itself")
