@@ -4,7 +4,7 @@
 
 A narrow Llama of so many layers on this machine's CPU; sizes of tensors do not matter to either. Rewriting is the whole
 of `liger_compile.rewrite`, report included; compiling is the first forward and backward under `torch.compile(model)`,
-with Inductor's caches off; models of more layers than COMPILED are only rewritten, since Inductor takes ten minutes for 128.
+with Inductor's caches off. Models of more layers than COMPILED are only rewritten: Inductor takes ten minutes for 128.
 Each number of layers is measured in a process of its own.
 """
 
