@@ -2,7 +2,8 @@
 
     python -m bench.ops [--only NAME] [--out FOLDER]
 
-Kernels are timed without host time. The floor is the bytes that must move over the rate of a copy.
+Kernels are timed without host time, as long as the host keeps ahead of them. The floor is the bytes that must move over
+the rate of a copy.
 """
 
 from __future__ import annotations

@@ -250,7 +250,7 @@ def _lowered(op: Any, launcher: Callable[..., Any], called: Callable[..., Any]) 
 
         try:
             with fake_mode(shape_env), _known_only(shape_env, NotLaunchesAlone):
-                found = program(functools.partial(launcher, **tree_map(stand_in, kwargs)), tree_map(stand_in, args))
+                found = program(launcher, tree_map(stand_in, args), tree_map(stand_in, kwargs))
             if not all(isinstance(each.kernel, JITFunction) for each in found.launches):
                 raise NotLaunchesAlone("kernels are interpreted")
         except Exception as reason:  # most often NotLaunchesAlone: then that is how it must be
@@ -304,8 +304,7 @@ def _started(program: Any, realized: dict[int, Any]) -> Any:
     placed = dict(realized)
     made = set()
     for t in program.made:
-        whole = t if t._base is None else t._base
-        size, stride = (tree_map(there, list(n)) for n in (whole.shape, whole.stride()))
+        size, stride = (tree_map(there, list(n)) for n in (t.shape, t.stride()))
         placed[storage_key(t)] = lowering.empty_strided(size, stride, dtype=t.dtype, device=t.device), 0
         made.add(storage_key(t))
     for each in program.launches:

@@ -1,8 +1,8 @@
 """Ops as the kernels that they start, for a compiler that starts these itself.
 
 Called as an op, a kernel costs the dispatcher, the launcher that lays out strides and blocks, and Triton's way from
-Python to the device: 40 to 400 microseconds of the host at each step. All that follows from shapes, so that it can
-happen once, at compile time.
+Python to the device, each time: on small tensors more than the kernel takes. All that follows from shapes, so that it
+can happen once, at compile time.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ class Program:
     """What a launcher does: the tensors that it makes, without data, and the kernels that write them."""
 
     made: tuple[Tensor, ...]
-    """One of each storage, those of the results first."""
+    """Each whole, those of the results first."""
     launches: tuple[Launch, ...]
     results: Any
     """As the launcher returns them."""
 
 
-def program(launcher: Callable[..., Any], args: tuple[Any, ...]) -> Program:
+def program(launcher: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     """The program of a call with tensors that have no data.
 
     Raises:
         NotLaunchesAlone: it does more than start kernels, or a result is an operand.
     """
     with _OnlyMemory():
-        results, launches = launches_of(launcher, *args)
-    given = {_torch.storage_key(t) for t in tree_leaves(args) if isinstance(t, Tensor)}
+        results, launches = launches_of(launcher, *args, **kwargs)
+    given = {_torch.storage_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
     made: dict[int, Tensor] = {}
     for t in (*tree_leaves(results), *(a for each in launches for a in each.arguments.values())):
         if isinstance(t, Tensor) and _torch.storage_key(t) not in given:
-            made.setdefault(_torch.storage_key(t), t)
+            made.setdefault(_torch.storage_key(t), t if t._base is None else t._base)
     if any(_torch.storage_key(t) in given for t in tree_leaves(results)):
         raise NotLaunchesAlone("a result that is an operand")
     return Program(tuple(made.values()), tuple(launches), results)

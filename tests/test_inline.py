@@ -57,7 +57,7 @@ def program_of(name, args):
     with _torch.fake_mode() as mode:
         fakes = tree_map_only(torch.Tensor, mode.from_tensor, args)
         try:
-            return fakes, inline.program(_library.LAUNCHERS[NAMES[name]], tuple(fakes))
+            return fakes, inline.program(_library.LAUNCHERS[NAMES[name]], tuple(fakes), {})
         except inline.NotLaunchesAlone:
             return fakes, None
 
@@ -85,14 +85,16 @@ def test_what_else_is_computed_is_refused():
     x = torch.randn(3, 4)
     for launcher, reason in ((lambda x: x.clone(), "clone"), (lambda x: x, "operand"), (lambda x: x.add_(1), "add_")):
         with pytest.raises(inline.NotLaunchesAlone, match=reason):
-            inline.program(launcher, (x,))
+            inline.program(launcher, (x,), {})
+    with pytest.raises(inline.NotLaunchesAlone, match="operand"):
+        inline.program(lambda *, x: x, (), {"x": x})
 
 
 def test_a_launcher_that_copies_is_called_as_an_op():
     """A layout of four dimensions that cannot be addressed by rows."""
     x = torch.randn(3, 5, 7, 2, 16).permute(1, 3, 0, 2, 4)[::2, :, ::2, ::3]
     with pytest.raises(inline.NotLaunchesAlone):
-        inline.program(_library.LAUNCHERS[NAMES["rms_norm_forward"]], (x, None, 1e-6, 0.0, "normed"))
+        inline.program(_library.LAUNCHERS[NAMES["rms_norm_forward"]], (x, None, 1e-6, 0.0, "normed"), {})
 
 
 def test_a_version_that_was_not_looked_at(monkeypatch):

@@ -28,20 +28,20 @@ _noted: ContextVar[list[Launch] | None] = ContextVar("noted launches", default=N
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constants: Any) -> None:
     """Starts `kernel` on the current stream; inside of `launches_of`, writes it down instead."""
     noted = _noted.get()
-    constants = {k: v.value if isinstance(v, tl.constexpr) else v for k, v in constants.items()}
     if noted is None:
         kernel[grid](*args, **constants, num_warps=num_warps)
         return
     names = inspect.signature(kernel.fn).parameters
+    constants = {k: v.value if isinstance(v, tl.constexpr) else v for k, v in constants.items()}
     arguments = dict(zip(names, args, strict=False)) | constants
     noted.append(Launch(kernel, grid, arguments, num_warps))
 
 
-def launches_of(function: Callable[..., Any], *args: Any) -> tuple[Any, list[Launch]]:
+def launches_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[Launch]]:
     """What `function` returns, and the kernels it would start; its tensors may have no data."""
     noted: list[Launch] = []
     token = _noted.set(noted)
     try:
-        return function(*args), noted
+        return function(*args, **kwargs), noted
     finally:
         _noted.reset(token)
