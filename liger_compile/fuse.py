@@ -254,6 +254,22 @@ def _made_again(backward: fx.Node, operand: str, forward: Any) -> fx.Node | None
     return None
 
 
+# ---- a gated unit -------------------------------------------------------------------------------------------------
+
+
+@rule("GLU's gradient + its product", ours.glu_backward.default, ours.packed_glu_backward.default)
+def _gradient_and_product(backward: fx.Node) -> bool:
+    """The gradient of a gated unit, and its product, which the backward makes again for the weights behind it."""
+    packed = backward.target is ours.packed_glu_backward.default
+    forward = ours.packed_glu_forward.default if packed else ours.glu_forward.default
+    product = _made_again(backward, "x" if packed else "gate", forward)
+    if product is None:
+        return False
+    args = tuple({**_operands(backward), "again": True}.values())
+    results = {user: user.args[1] for user in backward.users}
+    return _merge([backward, product, *results], backward.target, args, {**results, product: 1 if packed else 2})
+
+
 # ---- a norm of each head, and its rotation ------------------------------------------------------------------------
 
 

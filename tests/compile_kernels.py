@@ -69,11 +69,12 @@ def main() -> None:
         rms_norm.backward(x, x, None, 1e-6, 0.0, "result", False)
         for activation in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
             glu.forward(x, x, activation)
-            glu.packed_backward(x[:, :128], x, activation, False)
+            for again in (False, True):
+                glu.packed_backward(x[:, :128], x, activation, False, again=again)
         for gate_first in (True, False):
             unit = ("silu", gate_first, 1.0, 7.0, 1.702, 1.0, True)
             glu.packed_forward(x, *unit)
-            glu.packed_backward(x[:, :128], x, *unit)
+            glu.packed_backward(x[:, :128], x, *unit, again=True)
         q, cos = torch.randn(2, 8, 16, 64).to(dtype), torch.randn(16, 64).to(dtype)
         rope.pair_forward(q, q[:, :2], cos, cos)
         rope.backward(q, cos[:, :32], cos[:, :32], list(q.stride()), dtype, True)

@@ -20,6 +20,7 @@ from liger_compile.ops import _library
 
 OPS = torch.ops.liger_compile
 ADD_NORM, NORM_ADD, GRADIENT = "residual + RMSNorm", "RMSNorm + residual", "RMSNorm's gradient + its neighbours"
+PRODUCT = "GLU's gradient + its product"
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -265,6 +266,48 @@ def test_a_sum_of_lookups_is_not_fused():
 def test_a_residual_of_another_dtype_is_not_fused():
     forward, _ = fusions(lambda x, r, w: norm(x + r, w), some(2, 6, 16, dtype=torch.bfloat16), some(2, 6, 16), some(16))
     assert forward == {}
+
+
+# ---- a gated unit -------------------------------------------------------------------------------------------------
+
+
+def mlp(x, a, b, c):
+    return (F.silu(x @ a) * (x @ b)) @ c
+
+
+def packed_mlp(x, ab, c):
+    gate, up = (x @ ab).chunk(2, dim=-1)
+    return (F.silu(gate) * up) @ c
+
+
+def frozen_behind(x, a, b):
+    """No weight behind has a gradient, so nothing needs the product again."""
+    return mlp(x, a, b, torch.linspace(-1, 1, 24, dtype=x.dtype)[:, None].expand(-1, 16))
+
+
+def product_kept(x, a, b, c):
+    """Its gradient hangs on the product: another product of the backward reads it first."""
+    y = F.silu(x @ a) * (x @ b)
+    return (y * y) @ c
+
+
+WEIGHTS = (16, 24), (16, 24), (24, 16)
+
+
+@pytest.mark.parametrize(
+    "function, shapes, expected",
+    [
+        (mlp, WEIGHTS, {PRODUCT: 1}),
+        (packed_mlp, ((16, 48), (24, 16)), {PRODUCT: 1}),
+        (frozen_behind, WEIGHTS[:2], {}),
+        (product_kept, WEIGHTS, {}),
+    ],
+    ids=lambda p: getattr(p, "__name__", ""),
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gated_unit(function, shapes, expected, dtype):
+    operands = [some(*s, dtype=dtype) for s in ((2, 6, 16), *shapes)]
+    assert fusions(function, *operands) == ({}, expected)
 
 
 # ---- in the backend -----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -197,10 +198,29 @@ def test_glu(dtype, unit):
         (whole.transpose(0, 1), whole.transpose(0, 1)),
     ):
         compare(GLU, (gate, up, *unit), scatter_rows=1)
-        compare(GLU_BACKWARD, (small(dtype, *gate.shape), gate, up, *unit), scatter_rows=1)
+        for again in (False, True):
+            compare(with_product(GLU_BACKWARD, again), (small(dtype, *gate.shape), gate, up, *unit), scatter_rows=1)
     for gate_first in (True, False):
         compare(PACKED, (whole, activation, gate_first, *variant), scatter_rows=1)
-        compare(PACKED_BACKWARD, (small(dtype, 2, 3, 33), whole, activation, gate_first, *variant), scatter_rows=1)
+        args = small(dtype, 2, 3, 33), whole, activation, gate_first, *variant
+        compare(with_product(PACKED_BACKWARD, gate_first), args, scatter_rows=1)
+
+
+def with_product(functions, again):
+    """A unit's gradients, and its product beside them."""
+    return tuple(functools.partial(f, again=again) for f in functions)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_product_beside_its_gradients_is_the_forward_s(dtype):
+    gate, up, dy, x = (small(dtype, 4, n) for n in (33, 33, 33, 66))
+    for unit in UNITS.values():
+        activation, *variant = unit
+        *_, y = GLU_BACKWARD[0](dy, gate, up, *unit, again=True)
+        assert torch.equal(y, GLU[0](gate, up, *unit))
+        variant += [*[1.0, None, 1.0, 0.0][len(variant) :], True]
+        *_, y = PACKED_BACKWARD[0](dy, x, activation, True, *variant, again=True)
+        assert torch.equal(y, PACKED[0](x, activation, True, *variant))
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -231,7 +251,9 @@ def test_interleaved_glu(dtype, unit):
         dy = small(dtype, *x.shape[:-1], x.shape[-1] // 2)
         for gate_first in (True, False):
             compare(PACKED, (x, activation, gate_first, *variant), scatter_rows=1)
-            compare(PACKED_BACKWARD, (dy, x, activation, gate_first, *variant), scatter_rows=1)
+            compare(
+                with_product(PACKED_BACKWARD, gate_first), (dy, x, activation, gate_first, *variant), scatter_rows=1
+            )
 
 
 ROPES = {
@@ -493,9 +515,10 @@ def test_glu_at_size(dtype, unit):
     x = real(dtype, 8192, 2 * 14336 // 4 + 2)
     gate, up = x.chunk(2, -1)
     compare(GLU, (gate.contiguous(), up.contiguous(), *unit), 8192)
-    compare(GLU_BACKWARD, (real(dtype, *gate.shape), gate.contiguous(), up, *unit), 8192)
+    for again in (False, True):
+        compare(with_product(GLU_BACKWARD, again), (real(dtype, *gate.shape), gate.contiguous(), up, *unit), 8192)
     compare(PACKED, (x, activation, True, *variant), 8192)
-    compare(PACKED_BACKWARD, (real(dtype, *gate.shape), x, activation, False, *variant), 8192)
+    compare(with_product(PACKED_BACKWARD, True), (real(dtype, *gate.shape), x, activation, False, *variant), 8192)
 
 
 @gpu
@@ -508,7 +531,7 @@ def test_interleaved_glu_at_size(dtype, unit):
     dy = real(dtype, 8192, 2881)
     for gate_first in (True, False):
         compare(PACKED, (x, activation, gate_first, *variant), 8192)
-        compare(PACKED_BACKWARD, (dy, x, activation, gate_first, *variant), 8192)
+        compare(with_product(PACKED_BACKWARD, gate_first), (dy, x, activation, gate_first, *variant), 8192)
 
 
 @gpu

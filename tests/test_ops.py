@@ -142,6 +142,7 @@ SAMPLES = {
         lambda: ((fixed(4, 8), fixed(4, 8), fixed(4, 8), "relu"), {"limit": 0.9}),
         lambda: ((fixed(4, 8), fixed(4, 8), fixed(8, 4).t(), "silu"), {}),
         lambda: ((half(4, 8, grad=False),) * 3 + ("gelu_tanh",), {}),
+        lambda: ((fixed(4, 8), fixed(8, 4).t(), fixed(4, 8), "silu"), {"again": True}),
     ],
     "packed_glu": [
         lambda: ((some(4, 8),), {}),
@@ -155,6 +156,7 @@ SAMPLES = {
         lambda: ((fixed(4, 8), fixed(16, 4).t(), "silu", True, 1.0, 0.9, 1.702, 1.0, True), {}),
         lambda: ((fixed(4, 8), fixed(4, 16), "silu", True), {}),
         lambda: ((fixed(4, 8), fixed(16, 4).t(), "gelu", False), {}),
+        lambda: ((fixed(4, 8), fixed(16, 4).t(), "gelu", False), {"again": True}),
     ],
     "rope": [
         lambda: ((some(2, 3, 5, 8), fixed(5, 8), fixed(5, 8)), {}),

@@ -135,12 +135,14 @@ def _glu_backward(
     up_ptr,
     dgate_ptr,
     dup_ptr,
+    y_ptr,
     n_cols,
     dy_stride,
     gate_stride,
     up_stride,
     dgate_stride,
     dup_stride,
+    y_stride,
     gate_scale,
     limit,
     alpha,
@@ -150,7 +152,8 @@ def _glu_backward(
     PACKING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dgate = dy * up * act'(gate), dup = dy * act(gate). Per element: three reads, two writes."""
+    """dgate = dy * up * act'(gate), dup = dy * act(gate), and y as `_glu` makes it, unless y_ptr is None. Per element:
+    three reads, two or three writes."""
     row, cols = _at(n_cols, BLOCK)
     mask = cols < n_cols
     dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
@@ -158,7 +161,10 @@ def _glu_backward(
     gate, up = _factors(g, u, gate_scale, limit, up_offset, PLAIN)
     activated, slope = _activate(gate, alpha, ACTIVATION)
     dgate = dy * up * slope
-    dup = dy * activated.to(g.dtype).to(tl.float32)
+    activated = activated.to(g.dtype).to(tl.float32)
+    dup = dy * activated
+    if y_ptr is not None:
+        tl.store(y_ptr + row * y_stride + cols, (activated * up).to(y_ptr.dtype.element_ty), mask=mask)
     if ACTIVATION == RELU or ACTIVATION == RELU2:  # noqa: SIM109
         # Chosen, not multiplied: a zero also where up is not finite.
         dgate = tl.where(gate <= 0.0, 0.0, dgate)
@@ -214,12 +220,17 @@ def _run_forward(gate: Tensor, up: Tensor, y: Tensor, how: dict[str, Any]) -> Te
     return out if out is y else y.copy_(out)
 
 
-def _run_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, how: dict[str, Any]) -> None:
+def _run_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, y: Tensor | None, how: dict[str, Any]
+) -> None:
     if dy.numel() == 0:
         return
-    n_rows, n_cols, strides, tensors = _matrix(dy, gate, up, dgate, dup)
+    made = (dgate, dup) if y is None else (dgate, dup, y)
+    n_rows, n_cols, strides, tensors = _matrix(dy, gate, up, *made)
+    if y is None:
+        strides, tensors = [*strides, 0], (*tensors, None)
     launch(_glu_backward, (n_rows * triton.cdiv(n_cols, BLOCK),), *tensors, n_cols, *strides, PACKING=APART, **how)
-    for wanted, written in zip((dgate, dup), tensors[3:], strict=True):
+    for wanted, written in zip(made, tensors[3:], strict=False):
         if written is not wanted:
             wanted.copy_(written)
 
@@ -245,10 +256,12 @@ def backward(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    again: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    _run_backward(dy, gate, up, dgate, dup, _how(activation, gate_scale, limit, alpha, up_offset))
-    return dgate, dup
+    y = torch.empty_like(gate) if again else None
+    _run_backward(dy, gate, up, dgate, dup, y, _how(activation, gate_scale, limit, alpha, up_offset))
+    return dgate, dup, gate.new_empty(0) if y is None else y
 
 
 def packed_forward(
@@ -282,15 +295,18 @@ def packed_backward(
     alpha: float = 1.0,
     up_offset: float = 0.0,
     interleaved: bool = False,
-) -> Tensor:
+    again: bool = False,
+) -> tuple[Tensor, Tensor]:
     how = _how(activation, gate_scale, limit, alpha, up_offset)
     dx = torch.empty_like(x)
+    y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2)) if again else None
     if not interleaved:
-        _run_backward(dy, *halves(x, gate_first), *halves(dx, gate_first), how)
+        _run_backward(dy, *halves(x, gate_first), *halves(dx, gate_first), y, how)
     elif x.numel():
         dy, x, n = dy.contiguous(), x.contiguous(), dy.numel()
         out = dx if dx.is_contiguous() else torch.empty_like(x)
         packing = GATE_FIRST if gate_first else UP_FIRST
-        launch(_glu_backward, (triton.cdiv(n, BLOCK),), dy, x, x, out, out, n, 0, 0, 0, 0, 0, PACKING=packing, **how)
+        strides = (0,) * 6
+        launch(_glu_backward, (triton.cdiv(n, BLOCK),), dy, x, x, out, out, y, n, *strides, PACKING=packing, **how)
         dx = out if out is dx else dx.copy_(out)
-    return dx
+    return dx, x.new_empty(0) if y is None else y

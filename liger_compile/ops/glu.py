@@ -5,6 +5,8 @@ one dtype, any strides; y has their shape and gate's strides, made dense.
 `packed_glu(x, activation="silu", gate_first=True, ..., interleaved=False) -> y`: both halves of x [..., 2I] at once,
 the gate first or second, or alternating if `interleaved`; y is [..., I], contiguous. Its backward writes the gradient
 of x directly, without a concatenation.
+`glu_backward(dy, gate, up, activation, ..., again=False) -> (dgate, dup, y)` and `packed_glu_backward(dy, x, ...,
+again=False) -> (dx, y)`: with `again`, y is made beside its gradients, of what they read anyway; else it is empty.
 
 `y = act(min(gate_scale * gate, limit)) * (clamp(up, -limit, limit) + up_offset)`, without clamps if `limit` is None;
 act is
@@ -130,13 +132,36 @@ def _gradients(
     return dgate.to(dtype), dup.to(dtype)
 
 
-def _backward_fake(dy: Tensor, gate: Tensor, up: Tensor, activation: str, *variant: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(gate), torch.empty_like(up)
+def _backward_fake(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    gate_scale: float = 1.0,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+    again: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = _fake(gate, up, activation, gate_scale, limit, alpha, up_offset) if again else gate.new_empty(0)
+    return torch.empty_like(gate), torch.empty_like(up), y
 
 
-def _backward_reference(dy: Tensor, gate: Tensor, up: Tensor, activation: str, *variant: Any) -> tuple[Tensor, Tensor]:
-    dgate, dup = _gradients(dy, gate, up, activation, *variant)
-    return dense_like(dgate, gate), dense_like(dup, up)
+def _backward_reference(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    gate_scale: float = 1.0,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+    again: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    how = activation, gate_scale, limit, alpha, up_offset
+    dgate, dup = _gradients(dy, gate, up, *how)
+    y = _reference(gate, up, *how) if again else gate.new_empty(0)
+    return dense_like(dgate, gate), dense_like(dup, up), y
 
 
 def halves(x: Tensor, gate_first: bool, interleaved: bool = False) -> tuple[Tensor, Tensor]:
@@ -176,8 +201,20 @@ def _packed_reference(
     return _product(gate, up, activation, gate_scale, limit, alpha, up_offset).contiguous()
 
 
-def _packed_backward_fake(dy: Tensor, x: Tensor, activation: str, gate_first: bool, *variant: Any) -> Tensor:
-    return torch.empty_like(x)
+def _packed_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    activation: str,
+    gate_first: bool,
+    gate_scale: float = 1.0,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+    interleaved: bool = False,
+    again: bool = False,
+) -> tuple[Tensor, Tensor]:
+    how = activation, gate_first, gate_scale, limit, alpha, up_offset, interleaved
+    return torch.empty_like(x), _packed_fake(x, *how) if again else x.new_empty(0)
 
 
 def _packed_backward_reference(
@@ -190,11 +227,15 @@ def _packed_backward_reference(
     alpha: float = 1.0,
     up_offset: float = 0.0,
     interleaved: bool = False,
-) -> Tensor:
+    again: bool = False,
+) -> tuple[Tensor, Tensor]:
     gate, up = halves(x, gate_first, interleaved)
-    dgate, dup = _gradients(dy, gate, up, activation, gate_scale, limit, alpha, up_offset)
+    variant = gate_scale, limit, alpha, up_offset
+    dgate, dup = _gradients(dy, gate, up, activation, *variant)
     pair = (dgate, dup) if gate_first else (dup, dgate)
-    return dense_like(torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1), x)
+    dx = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    y = _packed_reference(x, activation, gate_first, *variant, interleaved) if again else x.new_empty(0)
+    return dense_like(dx, x), y
 
 
 _VARIANT = "float gate_scale=1.0, float? limit=None, float alpha=1.0, float up_offset=0.0"
@@ -206,7 +247,8 @@ glu_forward, glu = define_forward(
     Launcher("glu", "forward"),
 )
 glu_backward = define(
-    f"glu_backward(Tensor dy, Tensor gate, Tensor up, str activation, {_VARIANT}) -> (Tensor, Tensor)",
+    f"glu_backward(Tensor dy, Tensor gate, Tensor up, str activation, {_VARIANT}, bool again=False)"
+    " -> (Tensor, Tensor, Tensor)",
     _backward_reference,
     _backward_fake,
     Launcher("glu", "backward"),
@@ -218,8 +260,8 @@ packed_glu_forward, packed_glu = define_forward(
     Launcher("glu", "packed_forward"),
 )
 packed_glu_backward = define(
-    f"packed_glu_backward(Tensor dy, Tensor x, str activation, bool gate_first, {_VARIANT}, bool interleaved=False)"
-    " -> Tensor",
+    f"packed_glu_backward(Tensor dy, Tensor x, str activation, bool gate_first, {_VARIANT}, bool interleaved=False,"
+    " bool again=False) -> (Tensor, Tensor)",
     _packed_backward_reference,
     _packed_backward_fake,
     Launcher("glu", "packed_backward"),
@@ -232,7 +274,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    return *glu_backward(dy, *ctx.saved_tensors, *ctx.how), *(None for _ in ctx.how)
+    dgate, dup, _ = glu_backward(dy, *ctx.saved_tensors, *ctx.how)
+    return dgate, dup, *(None for _ in ctx.how)
 
 
 def _packed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -241,7 +284,8 @@ def _packed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _packed_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    return packed_glu_backward(dy, *ctx.saved_tensors, *ctx.how), *(None for _ in ctx.how)
+    dx, _ = packed_glu_backward(dy, *ctx.saved_tensors, *ctx.how)
+    return dx, *(None for _ in ctx.how)
 
 
 torch.library.register_autograd(glu_forward.name(), _backward, setup_context=_setup)
