@@ -1,9 +1,9 @@
-"""Each op against Inductor's own kernels and Liger-Kernel's for the same maths, forward and forward + backward.
+"""Each op, plain PyTorch code that is compiled by `backend="liger"`, against Inductor's own kernels and Liger-Kernel's.
 
     python -m bench.ops [--only NAME] [--out FOLDER]
 
-Kernels are timed without host time, as long as the host keeps ahead of them. The floor is the bytes that must move over
-the rate of a copy.
+Forward, and forward + backward. Kernels are timed without host time, as long as the host keeps ahead of them. The floor
+is the bytes that must move over the rate of a copy. Where `rewrites` is 0, liger_compile is Inductor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch._functorch.config
 import torch.nn.functional as F
 
-from liger_compile import ops
+import liger_compile
 
 from . import common
 
@@ -74,7 +74,7 @@ def swiglu_oai(x: torch.Tensor) -> torch.Tensor:
 
 
 def cases() -> dict[str, dict[str, Any]]:
-    """Name to the plain function, ours, Liger-Kernel's, the operands, and the bytes of (forward, backward)."""
+    """Name to the plain function, Liger-Kernel's, the operands, and the bytes of (forward, backward)."""
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
@@ -83,7 +83,6 @@ def cases() -> dict[str, dict[str, Any]]:
     for rows, width in ((TOKENS, 4096), (TOKENS, 1024), (TOKENS * 16, 128), (2048, 16384)):
         made[f"RMSNorm {rows} x {width}"] = {
             "plain": norm,
-            "ours": lambda x, w: ops.rms_norm(x, w, 1e-6),
             "liger": _liger("LigerRMSNormFunction", lambda f: lambda x, w: f.apply(x, w, 1e-6)),
             "operands": (tensor(rows, width), tensor(width)),
             "bytes": (4 * rows * width, 6 * rows * width),
@@ -91,21 +90,18 @@ def cases() -> dict[str, dict[str, Any]]:
     for width in (14336, 3072):
         made[f"SwiGLU {TOKENS} x {width}"] = {
             "plain": lambda g, u: F.silu(g) * u,
-            "ours": lambda g, u: ops.glu(g, u),
             "liger": _liger("LigerSiLUMulFunction", lambda f: lambda g, u: f.apply(g, u)),
             "operands": (tensor(TOKENS, width), tensor(TOKENS, width)),
             "bytes": (6 * TOKENS * width, 10 * TOKENS * width),
         }
     made[f"SwiGLU, packed {TOKENS} x {2 * 8192}"] = {
         "plain": lambda x: F.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],
-        "ours": lambda x: ops.packed_glu(x),
         "liger": None,
         "operands": (tensor(TOKENS, 2 * 8192),),
         "bytes": (6 * TOKENS * 8192, 10 * TOKENS * 8192),
     }
     made[f"SwiGLU of GPT-OSS, interleaved {TOKENS} x {2 * 2880}"] = {
         "plain": swiglu_oai,
-        "ours": lambda x: ops.packed_glu(x, limit=7.0, alpha=1.702, up_offset=1.0, interleaved=True),
         "liger": None,
         "operands": (tensor(TOKENS, 2 * 2880),),
         "bytes": (6 * TOKENS * 2880, 10 * TOKENS * 2880),
@@ -113,7 +109,6 @@ def cases() -> dict[str, dict[str, Any]]:
     for rows, width, first in ((TOKENS * 32, 128, False), (TOKENS, 4096, True)):
         made[f"RMSNorm, gate {'first' if first else 'last'} {rows} x {width}"] = {
             "plain": norm_of_gated if first else gated_norm,
-            "ours": lambda x, g, w, first=first: ops.gated_rms_norm(x, g, w, 1e-6, gate_first=first),
             "liger": None,
             "operands": (tensor(rows, width), tensor(rows, width), tensor(width)),
             "bytes": (6 * rows * width, 10 * rows * width),
@@ -126,7 +121,6 @@ def cases() -> dict[str, dict[str, Any]]:
         size = sum(x.numel() for x in operands)
         made[f"RoPE {batch} x {length}, {heads} + {kv_heads} heads of 128"] = {
             "plain": lambda q, k, cos=cos, sin=sin: rotate(q, k, cos, sin),
-            "ours": lambda q, k, cos=cos, sin=sin: ops.rope_pair(q, k, cos, sin),
             "liger": _liger(
                 "LigerRopeFunction", lambda f, cos=cos, sin=sin: lambda q, k: f.apply(q, k, cos[0], sin[0])
             ),
@@ -136,14 +130,12 @@ def cases() -> dict[str, dict[str, Any]]:
     freqs = torch.polar(torch.ones(1, 1, length, 64), torch.randn(1, 1, length, 64)).cuda()
     made[f"RoPE of neighbours {batch} x {length}, {heads} + {kv_heads} heads of 128"] = {
         "plain": lambda q, k, cos=cos, sin=sin: rotate_neighbours(q, k, cos, sin),
-        "ours": lambda q, k, cos=cos, sin=sin: ops.rope_pair(q, k, cos, sin, layout="neighbours"),
         "liger": None,
         "operands": operands,
         "bytes": (4 * size, 4 * size),
     }
     made[f"RoPE of complex numbers {batch} x {length}, {heads} + {kv_heads} heads of 128"] = {
         "plain": lambda q, k, freqs=freqs: rotate_complex(q, k, freqs),
-        "ours": lambda q, k, freqs=freqs: ops.complex_rope_pair(q, k, freqs),
         "liger": None,
         "operands": operands,
         "bytes": (4 * size, 4 * size),
@@ -161,7 +153,6 @@ def cases() -> dict[str, dict[str, Any]]:
 
         made[f"q/k-norm + RoPE {batch} x {length}, {heads} + {kv_heads} heads of {width}"] = {
             "plain": plain,
-            "ours": torch.compile(plain, backend="liger"),
             "liger": None,
             "operands": operands,
             "bytes": (4 * size, 6 * size),
@@ -170,7 +161,6 @@ def cases() -> dict[str, dict[str, Any]]:
         operands = tensor(rows, width), tensor(rows, width), tensor(width)
         made[f"residual + RMSNorm {rows} x {width}"] = {
             "plain": add_then_norm,
-            "ours": torch.compile(add_then_norm, backend="liger"),
             "liger": _liger("LigerFusedAddRMSNormFunction", lambda f: lambda x, r, w: f.apply(x, r, w, 1e-6)),
             "operands": operands,
             "bytes": (8 * rows * width, 8 * rows * width),
@@ -185,7 +175,6 @@ def cases() -> dict[str, dict[str, Any]]:
         table = tensor(classes, width)
         made[f"Embedding {classes} x {width}, {tokens} tokens{kind}"] = {
             "plain": lambda w, ids=ids: F.embedding(ids, w),
-            "ours": lambda w, ids=ids: ops.embedding(ids, w),
             "liger": None,
             "operands": (table.detach().float().requires_grad_() if wide else table,),
             "bytes": tuple(b << wide for b in (4 * tokens * width, 2 * (classes + tokens) * width)),
@@ -255,9 +244,14 @@ def main() -> None:
         if arguments.only not in name:
             continue
         torch._dynamo.reset()
-        ways = {"Inductor": torch.compile(case["plain"]), "Liger-Kernel": case["liger"], "liger_compile": case["ours"]}
+        rewrites = sum(liger_compile.explain(case["plain"])(*case["operands"]).counts.values())
+        ways = {
+            "Inductor": torch.compile(case["plain"]),
+            "Liger-Kernel": case["liger"],
+            "liger_compile": torch.compile(case["plain"], backend="liger"),
+        }
         floor = tuple(sum(case["bytes"][: i + 1]) / rate for i in range(2))
-        row: dict[str, Any] = {"op": name}
+        row: dict[str, Any] = {"op": name, "rewrites": rewrites}
         for i, part in enumerate(("forward", "forward + backward")):
             row[f"{part}: floor ms"] = floor[i]
         times = measure({k: f for k, f in ways.items() if f is not None}, case["operands"])
@@ -271,7 +265,7 @@ def main() -> None:
             f"\n{part}\n\n"
             + common.table(
                 [
-                    {k.replace(f"{part}: ", ""): v for k, v in r.items() if k == "op" or k.startswith(f"{part}:")}
+                    {k.replace(f"{part}: ", ""): v for k, v in r.items() if ":" not in k or k.startswith(f"{part}:")}
                     for r in rows
                 ]
             )
