@@ -61,11 +61,11 @@ def alone(module: str, family: str, timeout: int = 300) -> dict[str, Any]:
                 text=True,
                 timeout=timeout,
             )
-            line = result.stdout.strip().splitlines()[-1:]
         except subprocess.TimeoutExpired:
-            line = []
+            return {"family": family, "failure": f"no answer in {timeout} s"}
         errors.seek(0)
         last = (errors.read().strip().splitlines() or ["no answer"])[-1]
+    line = result.stdout.strip().splitlines()[-1:]
     return json.loads(line[0]) if line else {"family": family, "failure": last[:120]}
 
 
