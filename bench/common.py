@@ -9,6 +9,8 @@ import json
 import os
 import statistics
 import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,6 +46,27 @@ def environment() -> dict[str, Any]:
 def with_caches(folder: str) -> dict[str, str]:
     """The environment of a process that keeps what it compiles in `folder`."""
     return {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+
+
+def alone(module: str, family: str, timeout: int = 300) -> dict[str, Any]:
+    """What `module` finds of one family in a process of its own: a crash or a change of global state harms no other."""
+    command = [sys.executable, "-m", module, "--here", family]
+    with tempfile.TemporaryFile("w+") as errors:
+        try:
+            result = subprocess.run(
+                command,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            return {"family": family, "failure": f"no answer in {timeout} s"}
+        errors.seek(0)
+        last = (errors.read().strip().splitlines() or ["no answer"])[-1]
+    line = result.stdout.strip().splitlines()[-1:]
+    return json.loads(line[0]) if line else {"family": family, "failure": last[:120]}
 
 
 @functools.cache

@@ -14,9 +14,7 @@ import collections
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -180,13 +178,13 @@ SMALL: list[tuple[str, Any]] = [
 """What a field of a configuration is set to, by its name: the first pattern that fits the whole of it."""
 
 
-def tiny(family: str) -> torch.nn.Module:
+def tiny(family: str, **changes: Any) -> torch.nn.Module:
     """A model of the family's own classes with small sizes, in train mode."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[family]()
-    config = type(config)(**changed(config))
+    config = type(config)(**{**changed(config), **changes})
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
 
@@ -280,10 +278,15 @@ def cover(family: str) -> Coverage:
     result.graphs = len(report.graphs)
     result.reasons = sorted({f"{m.pattern}: {m.reason}" for m in report.misses})
     result.loss_error = abs(loss - eager_loss) / abs(eager_loss)
-    largest = max(float(g.norm()) for g in eager.values())
-    # Gradients that are nothing but rounding (of a layer that does not matter to the loss) have no relative error.
-    result.gradient_error = max(relative(ours[n], g) for n, g in eager.items() if float(g.norm()) > 1e-6 * largest)
+    result.gradient_error = gradient_error(ours, eager)
     return result
+
+
+def gradient_error(ours: dict[str, torch.Tensor], eager: dict[str, torch.Tensor]) -> float:
+    """The largest relative error of a parameter's gradient. Gradients that are nothing but rounding (of a layer that
+    does not matter to the loss) have none."""
+    largest = max(float(g.norm()) for g in eager.values())
+    return max(relative(ours[n], g) for n, g in eager.items() if float(g.norm()) > 1e-6 * largest)
 
 
 def step(model: torch.nn.Module, call: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -346,24 +349,7 @@ def main() -> None:
 
 
 def alone(family: str) -> Coverage:
-    """One family in a process of its own: a crash or a change of global state harms no other."""
-    command = [sys.executable, "-m", "bench.coverage", "--here", family]
-    with tempfile.TemporaryFile("w+") as errors:
-        try:
-            result = subprocess.run(
-                command,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                timeout=300,
-            )
-            line = result.stdout.strip().splitlines()[-1:]
-        except subprocess.TimeoutExpired:
-            line = []
-        errors.seek(0)
-        last = (errors.read().strip().splitlines() or ["no answer"])[-1]
-    found = Coverage(**json.loads(line[0])) if line else Coverage(family, failure=last[:120])
+    found = Coverage(**common.alone("bench.coverage", family))
     print(family, found.failure or f"{found.rewritten}", file=sys.stderr, flush=True)
     return found
 

@@ -336,14 +336,50 @@ def same_where(condition: Bool, yes: Value, no: Value) -> bool:
     if not isinstance(condition, AtLeast) or len(condition.of.terms) != 1 or condition.of.const != 0:
         return False
     ((atom, n),) = condition.of.terms
-    return isinstance(atom, Index) and n < 0 and substituted(no, atom, 0) == yes
+    if not isinstance(atom, Index) or n > 0:
+        return False
+    return substituted(no, atom, linear(0)) == substituted(yes, atom, linear(0))
 
 
-def substituted(value: Value, atom: Index, at: int) -> Value:
-    """The value at one position, which may still be called `atom` inside elements and quotients."""
-    if not isinstance(value, Linear) or (n := dict(value.terms).get(atom)) is None:
-        return value
-    return plus(value, plus(linear(at), linear(atom), -1), n)
+def substituted(value: Value, position: Index, by: Linear) -> Value:
+    """The value where `position` is `by`."""
+
+    def of(v: Value) -> Value:
+        match v:
+            case Linear():
+                return total(v)
+            case AtLeast():
+                return at_least_zero(total(v.of))
+            case Zero():
+                return is_zero(total(v.of))
+            case Truth():
+                return Truth(element(v.of))
+            case Not():
+                return negation(of(v.of))
+            case All() | Any():
+                return (conjunction if isinstance(v, All) else disjunction)(*map(of, v.of))
+            case Choice():
+                return choice(of(v.condition), of(v.yes), of(v.no))
+        return v
+
+    def total(v: Linear) -> Linear:
+        result = linear(v.const)
+        for a, n in v.terms:
+            result = plus(result, atom(a), n)
+        return result
+
+    def atom(a: Atom) -> Linear:
+        match a:
+            case Element():
+                return linear(element(a))
+            case Quotient() | Remainder():
+                return (quotient if isinstance(a, Quotient) else remainder)(total(a.of), a.by)
+        return by if a == position else linear(a)
+
+    def element(e: Element) -> Element:
+        return Element(e.tensor, tuple(map(total, e.index)))
+
+    return of(value)
 
 
 def is_bool(value: Value) -> bool:

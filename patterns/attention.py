@@ -12,10 +12,20 @@ import torch
 
 from liger_compile import mask_code
 from liger_compile._torch import known_true
-from liger_compile.elements import attended, positions
+from liger_compile.elements import attended, extent_of, positions
 from liger_compile.match import Match
 from liger_compile.ops import masked_attention
-from liger_compile.predicate import All, Bool, Unread, at_least_zero, plus
+from liger_compile.predicate import (
+    All,
+    Bool,
+    Index,
+    Unread,
+    at_least_zero,
+    known_at_least,
+    linear,
+    plus,
+    substituted,
+)
 from liger_compile.registry import pattern
 from liger_compile.report import size
 from liger_compile.terms import same
@@ -109,19 +119,32 @@ def check_seen(match: Match) -> str | dict:
         code = mask_code.write(match.view, seen)
     except Unread as error:
         return f"{says}, which FlexAttention cannot take: it {error}"
-    reason = _unfit(match, seen)
+    reason = _unlike(match, seen) or _unfit(match, seen)
     return f"{says}; {reason}" if reason else {"attn_mask": None, "seen": code.source, "tensors": code.tensors}
 
 
+def _unlike(match: Match, seen: Bool) -> str | None:
+    """Why FlexAttention would compute another result."""
+    if match.dtype("attn_mask").is_floating_point and not _sees_itself(match, seen):
+        return "rows that see nothing are not zero where a mask is added to the scores"
+    return None
+
+
+def _sees_itself(match: Match, seen: Bool) -> bool:
+    """Whether each query is certain to see the key at its own position."""
+    queries, keys = match.shape("attn_mask")[-2:]
+    (query,) = positions((queries,), "q")
+    is_key = known_at_least(plus(plus(extent_of(keys), query, -1), linear(-1)), 0)
+    return is_key and substituted(seen, Index("k", extent_of(keys)), query) is True
+
+
 def _unfit(match: Match, seen: Bool) -> str | None:
-    """Why FlexAttention would not do, or is not known to do well."""
+    """Why FlexAttention cannot run, or is not known to do well."""
     query = match.example("query")
     if query is None or not on_gpu(query):
         return "FlexAttention trains on CUDA alone"
     if query.element_size() != 2 or not _has_flash(query.device):
         return f"FlexAttention is not fast with {query.dtype} on this device"
-    if match.dtype("attn_mask").is_floating_point:
-        return "rows that see nothing are not zero where a mask is added to the scores"
     widths = [match.shape(name)[-1] for name in ("query", "key", "value")]
     if not all(isinstance(w, int) and 16 <= w <= 256 for w in widths):
         return f"FlexAttention is not fast with heads of {widths} elements"

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from helpers import relative_error, report_of, rewritten
 from liger_compile.patterns.attention import aligned
 from models import FAMILIES, batch, build, step
-from reading import Mask, comparing
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from bench.reading import Attention, comparing
 
 T = 24
 LOWEST = torch.finfo(torch.float32).min
@@ -264,6 +265,57 @@ def test_data_is_given_to_flex_attention(everywhere):
     assert_same(lambda *qkv: function(*qkv, padding), heads())
 
 
+def window(q, padding):
+    i = torch.arange(q.shape[-2], device=q.device)
+    return (i[:, None] >= i) & (i[:, None] - i < 9)
+
+
+def window_in_documents(q, padding):
+    document = (torch.arange(q.shape[-2], device=q.device) * 3 // 20 + padding).cumsum(-1)
+    return window(q, padding) & (document[:, None, :, None] == document[:, None, None, :])
+
+
+def window_and_padding(q, padding):
+    return window(q, padding) & (padding != 0)[:, None, None, :]
+
+
+def not_itself(q, padding):
+    i = torch.arange(q.shape[-2], device=q.device)
+    return (i[:, None] > i) & (i[:, None] - i < 9)
+
+
+def keys_behind(q, padding):
+    i = torch.arange(q.shape[-2], device=q.device)
+    return i[:, None] + 8 >= i[8:]
+
+
+def added(seen):
+    """The function whose mask says the same, added to the scores."""
+
+    def function(q, k, v, padding):
+        mask = seen(q, padding)
+        mask = torch.where(mask, 0.0, torch.finfo(q.dtype).min).to(q.dtype)
+        n = mask.shape[-1]
+        return F.scaled_dot_product_attention(q, k[..., :n, :], v[..., :n, :], attn_mask=mask)
+
+    return function
+
+
+@pytest.mark.parametrize("seen", [window, window_in_documents], ids=lambda f: f.__name__)
+def test_flex_attention_takes_masks_added_to_scores(everywhere, seen):
+    """Where each query sees itself, whatever stands for minus infinity."""
+    padding = torch.ones(2, T, dtype=torch.int64)
+    assert report_of(added(seen), *heads(), padding).counts == {"attention": 1}
+    assert_same(lambda *qkv: added(seen)(*qkv, padding), heads())
+
+
+@pytest.mark.parametrize("seen", [window_and_padding, not_itself, keys_behind], ids=lambda f: f.__name__)
+def test_masks_added_to_scores_of_rows_that_may_see_nothing(everywhere, seen):
+    """Softmax then is of scores that all are low: the mean over hidden keys, and not zero."""
+    report = report_of(added(seen), *heads(), torch.ones(2, T, dtype=torch.int64))
+    assert not report.counts and "rows that see nothing" in report.misses[0].reason, report
+
+
 def test_data_changed_in_place_after_the_mask(everywhere):
     def function(q, k, v, padding):
         i = torch.arange(q.shape[-2])
@@ -311,6 +363,8 @@ def causal_and_padded(q, k, v, padding):
     "function, length, dtype, width, reason",
     [
         (causal_and_padded, 1024, torch.bfloat16, 64, None),
+        (added(window), 1024, torch.bfloat16, 64, None),
+        (added(window_and_padding), 1024, torch.bfloat16, 64, "rows that see nothing"),
         (causal_and_padded, 512, torch.bfloat16, 64, "fewer than 1024"),
         (bidirectional, 1024, torch.bfloat16, 64, "causal among others"),
         (causal_and_padded, 1024, torch.float32, 64, "not fast with torch.float32"),
@@ -478,13 +532,12 @@ KINDS = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masks_of_models(family, kind):
     """The predicate equals the mask that the model built, element by element."""
-    found: list[Mask] = []
+    found: list[Attention] = []
     inputs = batch(rows=3)
     model = build(family)
     model.set_attn_implementation("sdpa")
     torch.compile(model, backend=comparing(found))(**inputs, **KINDS[kind](inputs))
-    assert len(found) == 2 and all(m.right for m in found), found
-    assert not any(m.says.startswith("unread") for m in found), found
+    assert [m.outcome for m in found] == ["right", "right"], found
     windows = sum("15 >= 0" in m.says for m in found)
     assert windows == {"mistral": 2, "gemma2": 1, "gemma3_text": 2}.get(family, 0), found
     for mask in found:

@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 from helpers import capture
-from reading import tabulate
 from torch import fx
 
+from bench.reading import tabulate
 from liger_compile import predicate as p
 from liger_compile.elements import positions, read
 from liger_compile.graph_terms import GraphTerms
@@ -29,16 +29,24 @@ class Recorder(fx.Interpreter):
 
 
 def reading(function, *args):
-    """What is read of a function's result, and the result; raises AssertionError if they differ."""
+    """What is read of a function's result; raises AssertionError if it is not the result, or not on the diagonal."""
     gm = capture(function, *args)
     recorder = Recorder(gm)
     (actual,) = recorder.run(*args)
     view = GraphTerms.view(gm.graph)
     (result,) = next(n for n in gm.graph.nodes if n.op == "output").args[0]
     names = NAMES[: actual.ndim]
-    value = read(view, view.of[result], positions(view.of[result].shape, names))
-    table = tabulate(value, tuple(actual.shape), names, lambda term: recorder.values[view.carriers[term][0]])
-    assert torch.equal(table.to(actual.dtype), actual), value
+    at = positions(view.of[result].shape, names)
+    value = read(view, view.of[result], at)
+
+    def table(v):
+        return tabulate(v, tuple(actual.shape), names, lambda term: recorder.values[view.carriers[term][0]])
+
+    assert torch.equal(table(value).to(actual.dtype), actual), value
+    if actual.ndim == 2:
+        diagonal = p.substituted(value, p.Index("b", p.linear(actual.shape[1])), at[0])
+        n = min(actual.shape)
+        assert torch.equal(table(diagonal)[:n, 0].to(actual.dtype), actual.diagonal()), (value, diagonal)
     return value
 
 
@@ -233,3 +241,20 @@ def test_stricter_bounds_win():
     below, near = p.at_least_zero(p.plus(q, k, -1)), p.at_least_zero(p.plus(p.plus(q, k, -1), p.linear(3)))
     assert p.conjunction(below, near) == below
     assert p.disjunction(below, near) == near
+
+
+def test_one_position_for_another():
+    below = p.at_least_zero(p.plus(q, k, -1))
+    near = p.at_least_zero(p.plus(p.plus(k, q, -1), p.linear(8)))
+    chunk = p.is_zero(p.plus(p.quotient(q, 16), p.quotient(k, 16), -1))
+    document = p.is_zero(p.plus(p.linear(p.Element("x", (q,))), p.linear(p.Element("x", (k,))), -1))
+    padding = p.negation(p.is_zero(p.linear(p.Element("y", (k,)))))
+    position = p.Index("k", p.linear(24))
+
+    def itself(*parts):
+        return p.substituted(p.conjunction(*parts), position, q)
+
+    assert itself(below, near, chunk, document) is True
+    assert itself(below, padding) == p.negation(p.is_zero(p.linear(p.Element("y", (q,)))))
+    assert itself(p.disjunction(padding, below)) is True
+    assert itself(p.at_least_zero(p.plus(p.plus(q, k, -1), p.linear(-1)))) is False
