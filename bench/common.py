@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import datetime
 import functools
 import gc
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -48,7 +51,35 @@ def with_caches(folder: str) -> dict[str, str]:
     return {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
 
 
-def alone(module: str, family: str, timeout: int = 300) -> dict[str, Any]:
+def sweep(
+    module: str, about: str, check: Callable[[str], Any], known: Callable[[], list[str]], told: str, timeout: int = 300
+) -> tuple[argparse.Namespace, list[dict[str, Any]]]:
+    """The command line of a benchmark over model families, and the fields of what `check` finds of each, a dataclass:
+    of those named, or of all that are known. Each has a process of its own, and its field `told`, or failure, is
+    printed.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="all of them by default")
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--here", action="store_true", help="run in this process, print JSON")
+    arguments = parser.parse_args()
+    chosen = arguments.families or known()
+    if arguments.here:
+        for family in chosen:
+            print(json.dumps(dataclasses.asdict(check(family))), flush=True)
+        sys.exit()
+
+    def one(family: str) -> dict[str, Any]:
+        found = _alone(module, family, timeout)
+        print(family, found["failure"] or found[told], file=sys.stderr, flush=True)
+        return found
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        return arguments, list(pool.map(one, chosen))
+
+
+def _alone(module: str, family: str, timeout: int) -> dict[str, Any]:
     """What `module` finds of one family in a process of its own: a crash or a change of global state harms no other."""
     command = [sys.executable, "-m", module, "--here", family]
     with tempfile.TemporaryFile("w+") as errors:

@@ -9,14 +9,10 @@ graphs rewritten. Sites are counted in the ATen graphs before and after the rewr
 
 from __future__ import annotations
 
-import argparse
 import collections
-import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -328,30 +324,13 @@ def rows(results: list[Coverage]) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", help="all of them by default")
-    parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--here", action="store_true", help="run in this process, print JSON")
-    arguments = parser.parse_args()
-    chosen = arguments.families or families()
-    if arguments.here:
-        for family in chosen:
-            print(json.dumps(asdict(cover(family))), flush=True)
-        return
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        results = list(pool.map(alone, chosen))
+    arguments, found = common.sweep("bench.coverage", __doc__, cover, families, told="rewritten")
+    results = [Coverage(**f) for f in found]
     print(common.table(list(rows(results))), "\n\nrewritten / found:", totals(results))
     if not arguments.families:
         path = common.save("coverage", [asdict(r) for r in results], arguments.out)
         TABLE.write_text(page(results))
         print(path, TABLE)
-
-
-def alone(family: str) -> Coverage:
-    found = Coverage(**common.alone("bench.coverage", family))
-    print(family, found.failure or f"{found.rewritten}", file=sys.stderr, flush=True)
-    return found
 
 
 PAGE = """# Coverage

@@ -10,15 +10,10 @@ wherever they are read, also where that would not be fast; loss and gradients ar
 
 from __future__ import annotations
 
-import argparse
 import collections
 import inspect
-import json
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -184,30 +179,13 @@ def totals(results: list[Masks]) -> dict[str, int]:
     }
 
 
-def alone(family: str) -> Masks:
-    found = Masks(**common.alone("bench.masks", family, timeout=100))
-    print(family, found.failure or found.outcomes, found.unread or "", file=sys.stderr, flush=True)
-    return found
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", help="all of them by default")
-    parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--here", action="store_true", help="run in this process, print JSON")
-    arguments = parser.parse_args()
-    chosen = arguments.families or coverage.families()
-    if arguments.here:
-        for family in chosen:
-            print(json.dumps(asdict(check(family))), flush=True)
-        return
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        results = list(pool.map(alone, chosen))
+    arguments, found = common.sweep("bench.masks", __doc__, check, coverage.families, told="outcomes", timeout=100)
+    results = [Masks(**f) for f in found]
     print(common.table([row(r) for r in results]), "\n\n", totals(results))
     if not arguments.families or arguments.out:
-        found = {"totals": totals(results), "families": [asdict(r) for r in results]}
-        print(common.save("masks", found, arguments.out))
+        everything = {"totals": totals(results), "families": [asdict(r) for r in results]}
+        print(common.save("masks", everything, arguments.out))
 
 
 if __name__ == "__main__":
