@@ -365,7 +365,8 @@ def causal_and_padded(q, k, v, padding):
         (causal_and_padded, 1024, torch.bfloat16, 64, None),
         (added(window), 1024, torch.bfloat16, 64, None),
         (added(window_and_padding), 1024, torch.bfloat16, 64, "rows that see nothing"),
-        (causal_and_padded, 512, torch.bfloat16, 64, "fewer than 1024"),
+        (causal_and_padded, 128, torch.bfloat16, 64, None),
+        (causal_and_padded, 127, torch.bfloat16, 64, "fewer than 128"),
         (bidirectional, 1024, torch.bfloat16, 64, "causal among others"),
         (causal_and_padded, 1024, torch.float32, 64, "not fast with torch.float32"),
         (causal_and_padded, 1024, torch.bfloat16, 512, "heads of [512, 512, 512]"),
@@ -380,6 +381,37 @@ def test_when_flex_attention_is_taken(function, length, dtype, width, reason):
         assert report.counts == {"attention": 1}, report
     else:
         assert not report.counts and reason in report.misses[0].reason, report
+
+
+@pytest.mark.parametrize("length, taken", [(128, False), (129, True), (1000, True)])
+def test_flex_attention_with_sizes_that_are_not_known(length, taken):
+    """One block of scores would become a constant of the graph, which whoever marks a size as dynamic is refused."""
+    q, k, v = (torch.empty(2, 4, length, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    padding = torch.ones(2, length, dtype=torch.int64, device="meta")
+    for x, dims in ((q, (0, 2)), (k, (0, 2)), (v, (0, 2)), (padding, (0, 1))):
+        torch._dynamo.mark_dynamic(x, dims)
+    report = report_of(causal_and_padded, q, k, v, padding)
+    assert report.counts == ({"attention": 1} if taken else {}), report
+
+
+def test_flex_attention_of_another_length(everywhere, monkeypatch):
+    """As on a GPU, run by FlexAttention's reference: one graph serves all lengths over a block."""
+    op_file = importlib.import_module("liger_compile.ops.masked_attention")
+    monkeypatch.setattr(op_file, "_has_kernel", lambda query: True)
+    reports = []
+    compiled = torch.compile(causal_and_padded, backend=rewritten(reports, "aot_eager"))
+    for rows, length in ((3, 256), (2, 333), (4, 1000), (5, 130)):
+        inputs = [torch.randn(rows, 4, length, 16) for _ in range(3)]
+        padding = (torch.arange(length) < length - 40 * torch.arange(rows)[:, None]).long()
+        for x, dims in (*((x, (0, 2)) for x in inputs), (padding, (0, 1))):
+            torch._dynamo.mark_dynamic(x, dims)
+        ours = compiled(*[x.requires_grad_() for x in inputs], padding)
+        theirs = causal_and_padded(*inputs, padding)
+        assert relative_error(ours, theirs) < 1e-6
+        incoming = torch.randn_like(theirs)
+        for a, b in zip(*(torch.autograd.grad(out, inputs, incoming) for out in (ours, theirs)), strict=True):
+            assert relative_error(a, b) < 2e-6
+    assert len(reports) == 1 and reports[0].counts == {"attention": 1}
 
 
 def test_flash_attention_needs_aligned_rows():

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from .. import _torch
 from ..mask_code import function
@@ -48,13 +48,21 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _mask(seen: str, tensors: Sequence[Tensor], query: Tensor, key: Tensor) -> Tensor:
     """The mask itself, bool [B, H, Q, K]; B and H are 1 where it does not ask for them."""
-    extents = {"b": query.shape[0], "h": query.shape[1], "q": query.shape[2], "k": key.shape[2]}
-    extents.update({name: 1 for name in "bh" if not _reads(seen, name)})
-    positions = (
-        torch.arange(n, device=query.device).view([-1 if j == i else 1 for j in range(4)])
-        for i, n in enumerate(extents.values())
-    )
-    return function(seen, len(tensors))(*positions, *tensors).expand(list(extents.values()))
+    extents = _extents(seen, query, key)
+    return function(seen, len(tensors))(*_positions(extents, query.device), *tensors).expand(extents)
+
+
+def _extents(seen: str, query: Tensor, key: Tensor) -> list[int]:
+    b, h = (n if _reads(seen, name) else 1 for name, n in zip("bh", query.shape[:2], strict=True))
+    return [b, h, query.shape[2], key.shape[2]]
+
+
+def _positions(extents: Sequence[int], device: torch.device) -> list[Tensor]:
+    """One for each dimension, which broadcast to all of them."""
+    return [
+        torch.arange(n, device=device).view([-1 if j == i else 1 for j in range(len(extents))])
+        for i, n in enumerate(extents)
+    ]
 
 
 def _reads(seen: str, position: str) -> bool:
@@ -63,11 +71,12 @@ def _reads(seen: str, position: str) -> bool:
 
 def _block_mask(seen: str, tensors: Sequence[Tensor], query: Tensor, key: Tensor) -> BlockMask:
     """Which blocks of scores are seen in part, and which whole."""
-    mask = _mask(seen, tensors, query, key)
-    b, h, q, k = mask.shape
+    b, h, q, k = _extents(seen, query, key)
     rows, columns = -(-q // BLOCK), -(-k // BLOCK)
-    padded = pad(mask, (0, columns * BLOCK - k, 0, rows * BLOCK - q))
-    counts = padded.view(b, h, rows, BLOCK, columns, BLOCK).sum((3, 5), dtype=torch.int32)
+    of_b, of_h, of_q, of_k = _positions((b, h, rows * BLOCK, columns * BLOCK), query.device)
+    mask = function(seen, len(tensors))(of_b, of_h, of_q.clamp(max=q - 1), of_k.clamp(max=k - 1), *tensors)
+    mask = mask & (of_q < q) & (of_k < k)
+    counts = mask.view(*mask.shape[:2], rows, BLOCK, columns, BLOCK).sum((3, 5), dtype=torch.int32)
     whole = counts == BLOCK * BLOCK
     part = (counts > 0) & ~whole
     named = {}

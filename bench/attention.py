@@ -1,0 +1,139 @@
+"""Attention whose mask is read and given to FlexAttention, against the same with the mask kept, over lengths.
+
+    python -m bench.attention [--dynamic] [--out FOLDER]
+
+Forward + backward of one layer, out of four in a row that share a mask, as in a model: making the mask, or what stands
+for it, is a part of what is timed. With `--dynamic` one compilation serves all lengths.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+
+import liger_compile
+
+from . import common
+
+LAYERS, TOKENS = 4, 16384
+LENGTHS = {"static": (64, 128, 512, 2048), "dynamic": (200, 500, 1000, 2000)}
+SHAPES = ((16, 8, 128), (32, 8, 64), (8, 4, 256))
+"""Heads of queries, heads of keys and values, elements of a head."""
+
+Mask = Callable[[torch.Tensor], torch.Tensor]
+
+
+def causal(n: int) -> torch.Tensor:
+    i = torch.arange(n, device="cuda")
+    return i[:, None] >= i
+
+
+def padded(tokens: torch.Tensor) -> torch.Tensor:
+    """`tokens` [B, T] is 0 where a row is padded."""
+    return causal(tokens.shape[1]) & (tokens != 0)[:, None, None, :]
+
+
+def packed(tokens: torch.Tensor) -> torch.Tensor:
+    """`tokens` [B, T] begins a new document where it is 0."""
+    document = (tokens == 0).cumsum(-1)
+    return causal(tokens.shape[1]) & (document[:, None, :, None] == document[:, None, None, :])
+
+
+def tokens_for(mask: Mask, rows: int, length: int) -> torch.Tensor:
+    """Rows padded to a quarter at most, as a collator's; or documents of an eighth to three eighths of a row."""
+    at = torch.arange(length, device="cuda")
+    row = torch.arange(rows, device="cuda")[:, None]
+    if mask is padded:
+        return (at < length - row * length // (4 * max(rows - 1, 1))).long()
+    return (at + row * length // 16) % (length // 8 + row % 3 * length // 8)
+
+
+def layers(mask: Mask) -> Callable[..., torch.Tensor]:
+    def function(q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], tokens: torch.Tensor) -> Any:
+        seen = mask(tokens)
+        for k, v in zip(keys, values, strict=True):
+            groups = q.shape[1] // k.shape[1]
+            k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
+            q = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return q
+
+    return function
+
+
+def operands(rows: int, length: int, heads: int, groups: int, width: int) -> Any:
+    """In the layout that projections leave them in."""
+
+    def leaf(n: int) -> torch.Tensor:
+        made = torch.randn(rows, length, n, width, device="cuda", dtype=torch.bfloat16)
+        return made.transpose(1, 2).requires_grad_()
+
+    return leaf(heads), *([leaf(groups) for _ in range(LAYERS)] for _ in range(2))
+
+
+def case(mask: Mask, rows: int, length: int, shape: Any, dynamic: bool) -> tuple[Any, ...]:
+    """What `layers` takes; the compiler does not know how many rows and how long they are if `dynamic`."""
+    (q, keys, values), tokens = operands(rows, length, *shape), tokens_for(mask, rows, length)
+    for x, *dims in ((x, 0, 2) for x in (q, *keys, *values)) if dynamic else ():
+        torch._dynamo.mark_dynamic(x, dims[rows == 1 :])
+    if dynamic:
+        torch._dynamo.mark_dynamic(tokens, [0, 1][rows == 1 :])
+    return q, keys, values, tokens
+
+
+def measured(ways: dict[str, Callable[..., Any]], inputs: tuple[Any, ...]) -> dict[str, Any]:
+    q, keys, values, _ = inputs
+    incoming = torch.randn_like(q)
+    leaves = [q, *keys, *values]
+    steps = {n: lambda way=way: torch.autograd.grad(way(*inputs), leaves, incoming) for n, way in ways.items()}
+    found: dict[str, Any] = {}
+    ours, theirs = (step() for step in steps.values())
+    found["difference"] = max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
+    base = torch.cuda.memory_allocated()
+    for name, ms in common.interleaved(steps, repeats=15, ahead=3).items():
+        found[f"{name} ms"] = ms / LAYERS
+    for name, step in steps.items():
+        found[f"{name} peak MiB"] = common.peak_gib(step, base) * 1024
+    return found
+
+
+def cases(lengths: tuple[int, ...]) -> list[tuple[Mask, int, int, Any]]:
+    """(mask, rows, length, shape)."""
+    wide = [(padded, TOKENS // n, n, shape) for shape in SHAPES for n in lengths]
+    wide += [(packed, TOKENS // n, n, SHAPES[0]) for n in lengths]
+    return wide + [(padded, 1, n, SHAPES[0]) for n in lengths]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dynamic", action="store_true", help="lengths and rows that the compiler does not know")
+    parser.add_argument("--out", type=Path, default=None)
+    arguments = parser.parse_args()
+    torch._functorch.config.guess_tangent_strides_as_outputs = True  # as in bench.ops
+    found: list[dict[str, Any]] = []
+    ways: dict[str, Callable[..., Any]] = {}
+    last: Any = None
+    kind = "dynamic" if arguments.dynamic else "static"
+    with mock.patch("liger_compile.patterns.attention.FEWEST", 0):
+        for mask, rows, length, shape in cases(LENGTHS[kind]):
+            inputs = case(mask, rows, length, shape, arguments.dynamic)
+            this = (mask, shape, rows == 1) if arguments.dynamic else (mask, shape, rows, length)
+            if this != last:
+                rewrites = liger_compile.explain(layers(mask))(*inputs).counts.get("attention", 0)
+                ways = {b: torch.compile(layers(mask), backend=b) for b in ("liger", "inductor")}
+                last = this
+            row = {"mask": mask.__name__, "shape": shape, "rows": rows, "length": length, "rewrites": rewrites}
+            found.append(row | measured(ways, inputs))
+            print(found[-1], flush=True)
+    print(common.table(found))
+    print(common.save(f"attention-{kind}", found, arguments.out))
+
+
+if __name__ == "__main__":
+    main()
