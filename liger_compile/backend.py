@@ -43,12 +43,10 @@ def liger(
         return _torch.compile_fx(gm, example_inputs, config)
     if ours.verify:
         return _lazily(after, lambda gm: gm.forward)
-    changed = _freeing(config, example_inputs)
-    if ours.fuse:
-        changed = _with_fusions(changed)
+    fused = _with_fusions(config) if ours.fuse else config
     try:
         with contextlib.nullcontext() if _ops_are_ours(after) else _torch.without_autograd_cache():
-            return _lazily(after, lambda gm: _torch.compile_fx(gm, example_inputs, changed))
+            return _lazily(after, lambda gm: _torch.compile_fx(gm, example_inputs, fused))
     except Exception as error:
         if _torch.is_restart(error):
             raise
@@ -65,17 +63,6 @@ def _ops_are_ours(gm: fx.GraphModule) -> bool:
     graphs = (m.graph for m in gm.modules() if isinstance(m, fx.GraphModule))
     made = (n.target for graph in graphs for n in graph.nodes if "liger_pattern" in n.meta)
     return all(t.namespace in ("liger_compile", "aten") for t in made if isinstance(t, torch._ops.OpOverload))
-
-
-def _freeing(config: dict[str, Any], example_inputs: Sequence[Any]) -> dict[str, Any]:
-    """Inductor's options, such that memory on a GPU is free as soon as nothing needs what it holds.
-
-    Inductor keeps a buffer for the next one of that size, often a layer later, where it estimates that the peak is no
-    higher for it; it does not see what is changed in place, such as the loss's gradient. PyTorch's allocator, which
-    finds the memory again as fast, knows. On a CPU new memory costs more.
-    """
-    on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs)
-    return {"allow_buffer_reuse": False, **config} if on_gpu else config
 
 
 def _with_fusions(config: dict[str, Any]) -> dict[str, Any]:

@@ -365,8 +365,8 @@ def causal_and_padded(q, k, v, padding):
         (causal_and_padded, 1024, torch.bfloat16, 64, None),
         (added(window), 1024, torch.bfloat16, 64, None),
         (added(window_and_padding), 1024, torch.bfloat16, 64, "rows that see nothing"),
-        (causal_and_padded, 128, torch.bfloat16, 64, None),
-        (causal_and_padded, 127, torch.bfloat16, 64, "fewer than 128"),
+        (causal_and_padded, 512, torch.bfloat16, 64, None),
+        (causal_and_padded, 511, torch.bfloat16, 64, "fewer than 512"),
         (bidirectional, 1024, torch.bfloat16, 64, "causal among others"),
         (causal_and_padded, 1024, torch.float32, 64, "not fast with torch.float32"),
         (causal_and_padded, 1024, torch.bfloat16, 512, "heads of [512, 512, 512]"),
@@ -383,19 +383,18 @@ def test_when_flex_attention_is_taken(function, length, dtype, width, reason):
         assert not report.counts and reason in report.misses[0].reason, report
 
 
-@pytest.mark.parametrize("length, taken", [(128, False), (129, True), (1000, True)])
-def test_flex_attention_with_sizes_that_are_not_known(length, taken):
-    """One block of scores would become a constant of the graph, which whoever marks a size as dynamic is refused."""
-    q, k, v = (torch.empty(2, 4, length, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
-    padding = torch.ones(2, length, dtype=torch.int64, device="meta")
-    for x, dims in ((q, (0, 2)), (k, (0, 2)), (v, (0, 2)), (padding, (0, 1))):
-        torch._dynamo.mark_dynamic(x, dims)
+def test_no_flex_attention_with_sizes_that_are_not_known():
+    """Its gradients were wrong there, on a GPU with torch 2.11."""
+    q, k, v = (torch.empty(2, 4, 1024, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    padding = torch.ones(2, 1024, dtype=torch.int64, device="meta")
+    for x, dim in ((q, 2), (k, 2), (v, 2), (padding, 1)):
+        torch._dynamo.mark_dynamic(x, dim)
     report = report_of(causal_and_padded, q, k, v, padding)
-    assert report.counts == ({"attention": 1} if taken else {}), report
+    assert not report.counts and "four sizes are known" in report.misses[0].reason, report
 
 
 def test_flex_attention_of_another_length(everywhere, monkeypatch):
-    """As on a GPU, run by FlexAttention's reference: one graph serves all lengths over a block."""
+    """Run by FlexAttention's reference, one graph serves all lengths over a block."""
     op_file = importlib.import_module("liger_compile.ops.masked_attention")
     monkeypatch.setattr(op_file, "_has_kernel", lambda query: True)
     reports = []

@@ -231,16 +231,6 @@ def test_options_are_forwarded(configs, reports):
     assert reports[0].counts == {"rms_norm": 1}
 
 
-def test_memory_on_a_gpu_is_freed_at_once():
-    """And the user's own option wins."""
-    with torch._subclasses.FakeTensorMode():
-        on_gpu, on_cpu = (torch.empty(2, device=device) for device in ("cuda", "cpu"))
-    assert backend._freeing({"a": 1}, [3, on_cpu, on_gpu]) == {"a": 1, "allow_buffer_reuse": False}
-    assert backend._freeing({"allow_buffer_reuse": True}, [on_gpu]) == {"allow_buffer_reuse": True}
-    assert backend._freeing({}, [on_cpu]) == {}
-    assert "allow_buffer_reuse" in _torch.inductor_options()
-
-
 def test_options_reach_inductor():
     """A pass of the user's sees the replacement, in the graph that Inductor compiles."""
     seen = []
