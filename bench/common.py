@@ -52,11 +52,16 @@ def with_caches(folder: str) -> dict[str, str]:
 
 
 def sweep(
-    module: str, about: str, check: Callable[[str], Any], known: Callable[[], list[str]], told: str, timeout: int = 300
+    module: str,
+    about: str,
+    check: Callable[[str], Any],
+    known: Callable[[], list[str]],
+    told: Callable[[dict[str, Any]], Any],
+    timeout: int = 300,
 ) -> tuple[argparse.Namespace, list[dict[str, Any]]]:
     """The command line of a benchmark over model families, and the fields of what `check` finds of each, a dataclass:
-    of those named, or of all that are known. Each has a process of its own, and its field `told`, or failure, is
-    printed.
+    of those named, or of all that are known. Each has a process of its own, and what is `told` of it, or its failure,
+    is printed.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="all of them by default")
@@ -72,7 +77,7 @@ def sweep(
 
     def one(family: str) -> dict[str, Any]:
         found = _alone(module, family, timeout)
-        print(family, found["failure"] or found[told], file=sys.stderr, flush=True)
+        print(family, found["failure"] or told(found), file=sys.stderr, flush=True)
         return found
 
     with ThreadPoolExecutor(arguments.jobs) as pool:

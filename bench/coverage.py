@@ -3,13 +3,15 @@
     python -m bench.coverage [families...] [--out FOLDER]
 
 Each family is made tiny, with random weights, and runs one training step with labels: in eager, and with its Dynamo
-graphs rewritten. Sites are counted in the ATen graphs before and after the rewrite, by what is left of the maths there
-(`SITES`), with no help from the matcher. The whole sweep also writes docs/coverage.md.
+graphs rewritten; in float32, and again in other `SITUATIONS`. Sites are counted in the ATen graphs before and after the
+rewrite, by what is left of the maths there (`SITES`), with no help from the matcher. The whole sweep also writes
+docs/coverage.md.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -132,12 +134,28 @@ SITES: dict[str, Callable[[fx.Node], bool]] = {
 }
 
 
+class Inlined(fx.Interpreter):
+    """Runs the bodies of activation checkpoints as a part of the graph."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
+            body, *operands = args
+            return Inlined(body).run(*operands)
+        return super().call_function(target, args, kwargs)
+
+
 def sites(gm: fx.GraphModule, inputs: tuple[Any, ...]) -> collections.Counter[str]:
     """How often each kind of site is in a graph, as PyTorch decomposes it."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    places = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and x.ndim]  # others may be sizes and eps
+
+    def run(*tensors: torch.Tensor) -> Any:
+        given = dict(enumerate(inputs)) | dict(zip(places, tensors, strict=True))
+        return Inlined(gm).run(*given.values())
+
     with torch.no_grad(), torch.random.fork_rng():  # dropout draws numbers that the model is to draw
-        traced = make_fx(gm)(*inputs)
+        traced = make_fx(run)(*(inputs[i] for i in places))
     found: collections.Counter[str] = collections.Counter()
     for node in traced.graph.nodes:
         if node.op == "call_function":
@@ -174,13 +192,71 @@ SMALL: list[tuple[str, Any]] = [
 """What a field of a configuration is set to, by its name: the first pattern that fits the whole of it."""
 
 
+FULL, LINEAR = "full_attention", "linear_attention"
+ANGLES = {"rope_type": "default", "rope_theta": 1e4}
+ALSO: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1], "mamba_d_head": "auto"},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", FULL],
+        "rope_parameters": {k: {**ANGLES, "mrope_section": [3, 3, 2]} for k in ("sliding_attention", FULL)},
+    },
+    "dbrx": {
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "rope_parameters": ANGLES,
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
+    "falcon_h1": {"mamba_d_head": 16, "mamba_n_heads": 8, "mamba_d_ssm": 128, "mamba_n_groups": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {
+        "layer_types": [LINEAR, "attention"],
+        "mamba_d_head": "auto",
+        "shared_intermediate_size": 64,
+    },
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
+    "lfm2_moe": {"layer_types": ["conv", FULL]},
+    "longcat_flash": {"head_dim": 8, "num_key_value_heads": 4, "qk_head_dim": 24},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "mlp", "moe"],
+        "num_hidden_layers": 4,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": [LINEAR, "hybrid"] * 2,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_key_value_heads": 4,
+        "n_mamba_heads": 2,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layer_types": [LINEAR, "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_key_value_heads": 4,
+        "mamba_headdim": 16,
+        "use_mem_rope": True,
+    },
+    **{f: {"layer_types": [LINEAR, FULL]} for f in ("kimi_linear", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")},
+}
+"""What else a family's configuration needs so that its sizes fit, or to have a layer of each kind."""
+
+
 def tiny(family: str, **changes: Any) -> torch.nn.Module:
     """A model of the family's own classes with small sizes, in train mode."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[family]()
-    config = type(config)(**{**changed(config), **changes})
+    config = type(config)(**{**changed(config), **ALSO.get(family, {}), **changes})
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
 
@@ -220,9 +296,15 @@ def families() -> list[str]:
 # ---- one family ---------------------------------------------------------------------------------------------------
 
 
+SITUATIONS = ("float32", "checkpointed", "autocast", "dynamic")
+"""float32 as it is; with activation checkpoints; under bfloat16 autocast; with sizes that the compiler does not know,
+and another batch on the same compiled code."""
+
+
 @dataclass
-class Coverage:
-    family: str
+class Run:
+    """One training step in one situation."""
+
     found: dict[str, int] = field(default_factory=dict)
     left: dict[str, int] = field(default_factory=dict)
     rewritten: dict[str, int] = field(default_factory=dict)
@@ -231,24 +313,52 @@ class Coverage:
     """Why sites were left, as the report says."""
     loss_error: float | None = None
     gradient_error: float | None = None
+    """Against eager in float32."""
+    eager_error: float | None = None
+    """Of eager's gradients, in this situation."""
     failure: str = ""
 
 
-def cover(family: str) -> Coverage:
-    import liger_compile
+@dataclass
+class Coverage:
+    family: str
+    runs: dict[str, Run] = field(default_factory=dict)
+    failure: str = ""
+    """Why there are no runs."""
 
+
+def cover(family: str, situations: tuple[str, ...] = SITUATIONS) -> Coverage:
     result = Coverage(family)
     try:
         model = tiny(family)
-        ids = torch.randint(5, 250, (ROWS, LENGTH))
-        batch = {"input_ids": ids, "labels": ids}
-        eager_loss, eager = step(model, model, batch)
+        exact = step(model, model, batch_of(ROWS, LENGTH))
     except Exception as error:
-        result.failure = f"does not run in eager: {type(error).__name__}: {str(error).splitlines()[0][:100]}"
+        result.failure = f"does not run in eager: {said(error)}"
         return result
+    for situation in situations:
+        result.runs[situation] = cover_in(situation, model, exact)
+        if result.runs[situation].failure and situation == "float32":
+            result.failure = result.runs[situation].failure
+            break
+    return result
+
+
+def said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+
+
+def batch_of(rows: int, length: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(5, 250, (rows, length), generator=torch.Generator().manual_seed(rows))
+    return {"input_ids": ids, "labels": ids}
+
+
+def cover_in(situation: str, model: torch.nn.Module, exact: Step) -> Run:
+    """A training step of the model in a situation; `exact` is the same one in eager and float32."""
+    import liger_compile
+
+    result, report = Run(), liger_compile.Report()
     found: collections.Counter[str] = collections.Counter()
     left: collections.Counter[str] = collections.Counter()
-    report = liger_compile.Report()
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         one = liger_compile.rewrite(gm)
@@ -263,19 +373,47 @@ def cover(family: str) -> Coverage:
 
         return run
 
+    batch, autocast = batch_of(ROWS, LENGTH), situation == "autocast"
     torch._dynamo.reset()
-    torch.manual_seed(0)
     try:
-        loss, ours = step(model, torch.compile(model, backend=backend), batch)
+        with checkpointed(model) if situation == "checkpointed" else contextlib.nullcontext():
+            eager = step(model, model, batch, autocast)
+            compiled = torch.compile(model, backend=backend, dynamic=True if situation == "dynamic" else None)
+            ours = step(model, compiled, batch, autocast)
+            result.found, result.left, result.graphs = dict(found), dict(+left), len(report.graphs)
+            if situation == "dynamic":
+                other = batch_of(ROWS + 1, LENGTH + 16)
+                result.loss_error, result.gradient_error = errors(
+                    step(model, compiled, other), step(model, model, other)
+                )
     except Exception as error:
-        result.failure = f"does not run rewritten: {type(error).__name__}: {str(error).splitlines()[0][:100]}"
+        result.failure = said(error)
         return result
-    result.found, result.left, result.rewritten = dict(found), dict(+left), report.counts
-    result.graphs = len(report.graphs)
+    result.rewritten = report.counts
     result.reasons = sorted({f"{m.pattern}: {m.reason}" for m in report.misses})
-    result.loss_error = abs(loss - eager_loss) / abs(eager_loss)
-    result.gradient_error = gradient_error(ours, eager)
+    found_errors = errors(ours, exact)
+    result.loss_error = max(result.loss_error or 0.0, found_errors[0])
+    result.gradient_error = max(result.gradient_error or 0.0, found_errors[1])
+    result.eager_error = errors(eager, exact)[1]
     return result
+
+
+@contextlib.contextmanager
+def checkpointed(model: torch.nn.Module) -> Iterator[None]:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+
+
+Step = tuple[float, dict[str, torch.Tensor]]
+"""A loss, and the gradients of parameters."""
+
+
+def errors(ours: Step, exact: Step) -> tuple[float, float]:
+    """Of the loss, and the largest of a gradient, relative."""
+    return abs(ours[0] - exact[0]) / abs(exact[0]), gradient_error(ours[1], exact[1])
 
 
 def gradient_error(ours: dict[str, torch.Tensor], eager: dict[str, torch.Tensor]) -> float:
@@ -285,10 +423,11 @@ def gradient_error(ours: dict[str, torch.Tensor], eager: dict[str, torch.Tensor]
     return max(relative(ours[n], g) for n, g in eager.items() if float(g.norm()) > 1e-6 * largest)
 
 
-def step(model: torch.nn.Module, call: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+def step(model: torch.nn.Module, call: Any, batch: dict[str, Any], autocast: bool = False) -> Step:
     torch.manual_seed(1)
     model.zero_grad()
-    loss = call(**batch).loss
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = call(**batch).loss
     loss.backward()
     return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -301,32 +440,71 @@ def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
 # ---- all of them --------------------------------------------------------------------------------------------------
 
 
-def totals(results: list[Coverage]) -> dict[str, str]:
+def totals(runs: list[Run]) -> dict[str, str]:
     found: collections.Counter[str] = collections.Counter()
     left: collections.Counter[str] = collections.Counter()
-    for result in results:
-        found.update(result.found)
-        left.update(result.left)
+    for run in runs:
+        found.update(run.found)
+        left.update(run.left)
     return {kind: f"{found[kind] - left[kind]} / {found[kind]}" for kind in SITES}
 
 
+def runs_in(situation: str, results: list[Coverage]) -> list[Run]:
+    """Those that ran."""
+    return [r.runs[situation] for r in results if situation in r.runs and not r.runs[situation].failure]
+
+
+def cells(run: Run) -> dict[str, str]:
+    return {
+        k: f"{run.found.get(k, 0) - run.left.get(k, 0)} / {run.found[k]}" if run.found.get(k) else "" for k in SITES
+    }
+
+
 def rows(results: list[Coverage]) -> Iterator[dict[str, Any]]:
+    """In float32."""
     for r in results:
-        counts = {k: f"{r.found.get(k, 0) - r.left.get(k, 0)} / {r.found[k]}" if r.found.get(k) else "" for k in SITES}
-        errors = {"loss": r.loss_error, "gradients": r.gradient_error}
+        run = r.runs.get("float32", Run())
+        measured = {"loss": run.loss_error, "gradients": run.gradient_error}
         yield {
             "family": r.family,
-            **counts,
-            "graphs": r.graphs or "",
-            **{f"error of {k}": "" if v is None else f"{v:.0e}" for k, v in errors.items()},
+            **cells(run),
+            "graphs": run.graphs or "",
+            **{f"error of {k}": "" if v is None else f"{v:.0e}" for k, v in measured.items()},
             "": r.failure,
         }
 
 
+def others(results: list[Coverage]) -> Iterator[dict[str, Any]]:
+    """What is otherwise in another situation: sites that are left there alone, failures, errors."""
+    for r in results:
+        for situation in SITUATIONS[1:]:
+            run = r.runs.get(situation)
+            if run is None:
+                continue
+            more = {k: n for k, n in run.left.items() if n > r.runs["float32"].left.get(k, 0) and k != "mask"}
+            wrong = run.gradient_error is not None and run.gradient_error > max(1e-4, 1.05 * (run.eager_error or 0.0))
+            if more or wrong or run.failure:
+                yield {
+                    "family": r.family,
+                    "situation": situation,
+                    **cells(run),
+                    "error of gradients": run.gradient_error,
+                    "eager's": run.eager_error,
+                    "": run.failure,
+                }
+
+
 def main() -> None:
-    arguments, found = common.sweep("bench.coverage", __doc__, cover, families, told="rewritten")
-    results = [Coverage(**f) for f in found]
-    print(common.table(list(rows(results))), "\n\nrewritten / found:", totals(results))
+    def told(found: dict[str, Any]) -> Any:
+        return {situation: run["failure"] or run["left"] for situation, run in found["runs"].items()}
+
+    arguments, found = common.sweep("bench.coverage", __doc__, cover, families, told)
+    results = [Coverage(f["family"], {k: Run(**r) for k, r in f.get("runs", {}).items()}, f["failure"]) for f in found]
+    print(common.table(list(rows(results))))
+    if different := list(others(results)):
+        print(common.table(different))
+    for situation in SITUATIONS:
+        print(situation, "rewritten / found:", totals(runs_in(situation, results)))
     if not arguments.families:
         path = common.save("coverage", [asdict(r) for r in results], arguments.out)
         TABLE.write_text(page(results))
@@ -336,24 +514,38 @@ def main() -> None:
 PAGE = """# Coverage
 
 `python -m bench.coverage`, {date}, torch {torch}, transformers {transformers}, commit {commit}: every family that
-`AutoModelForCausalLM` knows, made tiny, one training step in float32 on a CPU. Cells are sites rewritten / found,
-counted in the ATen graphs before and after. `mask` is attention with an explicit mask: on a CPU a causal one is taken
-out, and others stay, which a GPU would give to FlexAttention. Errors are relative to eager's; those of gradients leave
-out parameters whose gradient is a millionth of the largest, and thus rounding. A rotation of q and one of k are two
-sites. Families of images or sound are those of their text model, and not listed.
+`AutoModelForCausalLM` knows, made tiny, one training step on a CPU. Cells are sites rewritten / found, counted in the
+ATen graphs before and after. `mask` is attention with an explicit mask: on a CPU a causal one is taken out, and others
+stay, which a GPU would give to FlexAttention. Errors are relative to eager's in float32; those of gradients leave out
+parameters whose gradient is a millionth of the largest, and thus rounding. A rotation of q and one of k are two sites.
+Families of images or sound are those of their text model, and not listed.
 
-{ran} of {known} families ran. In all: {totals}.
+{ran} of {known} families ran.
+
+{totals}
+
+## In other situations
+
+With activation checkpoints, under bfloat16 autocast, and with sizes that the compiler does not know, where a larger
+batch runs on the same compiled code: the families that have sites left there which float32 has not, that do not run
+there, or whose gradients differ by more than 1e-4 and by more than 1.05 times what eager's do in that situation.
+
+{others}
+
+## In float32
 
 {table}
 """
 
 
 def page(results: list[Coverage]) -> str:
+    in_all = [{"": s, "families": len(runs_in(s, results)), **totals(runs_in(s, results))} for s in SITUATIONS]
     return PAGE.format(
         **common.environment(),
         ran=sum(not r.failure for r in results),
         known=len(results),
-        totals="; ".join(f"{kind} {count}" for kind, count in totals(results).items()),
+        totals=common.table(in_all),
+        others=common.table(list(others(results))),
         table=common.table(list(rows(results))),
     )
 

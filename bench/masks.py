@@ -84,7 +84,7 @@ def check(family: str) -> Masks:
     try:
         model = tiny(family)
     except Exception as error:
-        result.failure = f"cannot be made: {said(error)}"
+        result.failure = f"cannot be made: {coverage.said(error)}"
         return result
     if model.config._attn_implementation != "sdpa":
         result.failure = "no SDPA"
@@ -111,7 +111,7 @@ def run(result: Masks, model: torch.nn.Module, kind: str, rows: int) -> list[Att
     try:
         eager_loss, eager = coverage.step(model, model, batch)
     except Exception as error:
-        result.skipped[kind] = f"does not run in eager: {said(error)}"
+        result.skipped[kind] = f"does not run in eager: {coverage.said(error)}"
         return []
     found: list[Attention] = []
     replaced = 0
@@ -127,7 +127,7 @@ def run(result: Masks, model: torch.nn.Module, kind: str, rows: int) -> list[Att
         with mock.patch("liger_compile.patterns.attention._unfit", lambda match, seen: None):
             loss, ours = coverage.step(model, torch.compile(model, backend=comparing(found, rewritten)), batch)
     except Exception as error:
-        result.failure = f"{kind}: {said(error)}"
+        result.failure = f"{kind}: {coverage.said(error)}"
         return found
     for attention in found:
         result.outcomes[attention.outcome] = result.outcomes.get(attention.outcome, 0) + 1
@@ -140,10 +140,6 @@ def run(result: Masks, model: torch.nn.Module, kind: str, rows: int) -> list[Att
         result.loss_error = max(result.loss_error or 0.0, abs(loss - eager_loss) / abs(eager_loss))
         result.gradient_error = max(result.gradient_error or 0.0, coverage.gradient_error(ours, eager))
     return found
-
-
-def said(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
 
 
 # ---- all of them --------------------------------------------------------------------------------------------------
@@ -181,7 +177,9 @@ def totals(results: list[Masks]) -> dict[str, int]:
 
 
 def main() -> None:
-    arguments, found = common.sweep("bench.masks", __doc__, check, coverage.families, told="outcomes", timeout=200)
+    arguments, found = common.sweep(
+        "bench.masks", __doc__, check, coverage.families, told=lambda f: f["outcomes"], timeout=200
+    )
     results = [Masks(**f) for f in found]
     print(common.table([row(r) for r in results]), "\n\n", totals(results))
     if not arguments.families or arguments.out:

@@ -30,9 +30,9 @@ def rotate(x, cos, sin, layout, upcast, promote):
     return y if promote else y.to(x.dtype)
 
 
-def rotate_part(x, cos, sin, layout, upcast):
+def rotate_part(x, cos, sin, layout, upcast, promote):
     width = cos.shape[-1]
-    return torch.cat((rotate(x[..., :width], cos, sin, layout, upcast, False), x[..., width:]), dim=-1)
+    return torch.cat((rotate(x[..., :width], cos, sin, layout, upcast, promote), x[..., width:]), dim=-1)
 
 
 def rotate_back(x, cos, sin):
@@ -40,9 +40,10 @@ def rotate_back(x, cos, sin):
     return x * cos + torch.cat((x2, -x1), dim=-1) * sin
 
 
-def rotate_pairs(x, cos, sin, layout, upcast):
+def rotate_pairs(x, cos, sin, layout, upcast, promote):
     x1, x2 = split(x.float() if upcast else x, layout)
-    return join(x1 * cos - x2 * sin, x2 * cos + x1 * sin, layout).to(x.dtype)
+    y = join(x1 * cos - x2 * sin, x2 * cos + x1 * sin, layout)
+    return y if promote else y.to(x.dtype)
 
 
 def rotate_complex(x, freqs, promote):
@@ -102,13 +103,13 @@ def rope(x, cos, sin, *, layout: Layout, upcast: Choice, promote: Choice):
 
 
 @pattern(replace=partial(ops.rope_pair, contiguous=True), check=check, name="rope", examples=examples)
-def partial_rope_pair(q, k, cos, sin, *, layout: Layout, upcast: Choice):
-    return rotate_part(q, cos, sin, layout, upcast), rotate_part(k, cos, sin, layout, upcast)
+def partial_rope_pair(q, k, cos, sin, *, layout: Layout, upcast: Choice, promote: Choice):
+    return rotate_part(q, cos, sin, layout, upcast, promote), rotate_part(k, cos, sin, layout, upcast, promote)
 
 
 @pattern(replace=partial(ops.rope, contiguous=True), check=check, name="rope", examples=examples)
-def partial_rope(x, cos, sin, *, layout: Layout, upcast: Choice):
-    return rotate_part(x, cos, sin, layout, upcast)
+def partial_rope(x, cos, sin, *, layout: Layout, upcast: Choice, promote: Choice):
+    return rotate_part(x, cos, sin, layout, upcast, promote)
 
 
 @pattern(replace=partial(ops.rope_pair, inverse=True, promote=True), check=check, name="rope", examples=examples)
@@ -124,13 +125,13 @@ def inverse_rope(x, cos, sin):
 @pattern(
     replace=partial(ops.rope_pair, contiguous=True, per_pair=True), check=check_pairs, name="rope", examples=examples
 )
-def rope_pair_by_pairs(q, k, cos, sin, *, layout: FromLayout, upcast: Choice):
-    return rotate_pairs(q, cos, sin, layout, upcast), rotate_pairs(k, cos, sin, layout, upcast)
+def rope_pair_by_pairs(q, k, cos, sin, *, layout: FromLayout, upcast: Choice, promote: Choice):
+    return rotate_pairs(q, cos, sin, layout, upcast, promote), rotate_pairs(k, cos, sin, layout, upcast, promote)
 
 
 @pattern(replace=partial(ops.rope, contiguous=True, per_pair=True), check=check_pairs, name="rope", examples=examples)
-def rope_by_pairs(x, cos, sin, *, layout: FromLayout, upcast: Choice):
-    return rotate_pairs(x, cos, sin, layout, upcast)
+def rope_by_pairs(x, cos, sin, *, layout: FromLayout, upcast: Choice, promote: Choice):
+    return rotate_pairs(x, cos, sin, layout, upcast, promote)
 
 
 @pattern(replace=ops.complex_rope_pair, check=check_pairs, name="rope", examples=complex_examples)
