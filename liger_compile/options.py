@@ -13,6 +13,8 @@ from .pattern import Pattern
 from .registry import patterns
 
 PREFIX = "liger."
+CHOICES = {"logits": ("lazy", "keep"), "loss": ("lean", "balanced", "fast"), "select": ("auto", "always")}
+"""The values of options that have a few."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class Options:
     "keep" leaves the loss of such a model alone."""
     loss: str = "balanced"
     """What the loss takes of logits at a time ("lean", "balanced" or "fast"; docs/loss.md)."""
+    select: str = "auto"
+    """"auto" leaves to Inductor what it does as fast on this device, with these dtypes and sizes, as far as that was
+    measured; "always" rewrites whatever the kernels take."""
     fuse: bool = True
     """Fuse our ops with their neighbours in the graphs of forward and backward (`fuse.py`)."""
     verify: bool = False
@@ -82,7 +87,7 @@ def _checked(values: dict[str, Any]) -> Options:
             values.pop(key, None)
         else:
             values[key] = _names(key, values[key], values.get("patterns", ()))
-    for key, known in (("logits", ("lazy", "keep")), ("loss", ("lean", "balanced", "fast"))):
+    for key, known in CHOICES.items():
         if values.get(key, known[0]) not in known:
             choices = " or ".join(f'"{k}"' for k in known)
             raise ValueError(f"{PREFIX}{key}: {choices}, not {values[key]!r}")

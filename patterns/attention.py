@@ -140,7 +140,7 @@ def _sees_itself(match: Match, seen: Bool) -> bool:
 
 
 def _unfit(match: Match, seen: Bool) -> str | None:
-    """Why FlexAttention cannot run, or is not known to do well."""
+    """Why FlexAttention cannot run, or is not known to do well and was not asked for all the same."""
     query = match.example("query")
     if query is None or not on_gpu(query):
         return "FlexAttention trains on CUDA alone"
@@ -152,6 +152,8 @@ def _unfit(match: Match, seen: Bool) -> str | None:
     sizes = (*match.shape("query"), *match.shape("key"))
     if len(sizes) != 8 or not all(isinstance(n, int) for n in sizes):
         return "FlexAttention is used where four sizes are known to the compiler"
+    if match.options.select == "always":
+        return None
     if min(match.shape("query")[-2], match.shape("key")[-2]) < FEWEST:
         return f"FlexAttention was measured to be faster with many queries and keys; here are fewer than {FEWEST}"
     if _causal(match) not in (seen.of if isinstance(seen, All) else (seen,)):

@@ -14,13 +14,19 @@ LEAST = 1 << 25
 
 
 def check(match: Match) -> str | dict:
+    reason = None if match.options.select == "always" else as_good(match)
+    padding = match.captures.get("padding_idx")
+    return reason or {"padding_idx": -1 if padding is None else padding % match.shape("weight")[0]}
+
+
+def as_good(match: Match) -> str | None:
+    """Why the rewrite would not pay."""
     classes, width = match.shape("weight")
     if match.dtype("weight") not in (torch.bfloat16, torch.float16):
         return f"Inductor's own gradient is as good for a table of {match.dtype('weight')}"
     if not isinstance(classes, int) or not isinstance(width, int) or classes * width < LEAST:
         return f"Inductor's own gradient is as good for a table as small as [{classes}, {width}]"
-    padding = match.captures.get("padding_idx")
-    return {"padding_idx": -1 if padding is None else padding % classes}
+    return None
 
 
 def effect(match: Match) -> str:

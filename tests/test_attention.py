@@ -8,13 +8,14 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import relative_error, report_of, rewritten
-from liger_compile.patterns.attention import aligned
+from helpers import Accuracy, relative_error, report_of, rewritten
 from models import FAMILIES, batch, build, step
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bench.reading import Attention, comparing
+from liger_compile import Options
+from liger_compile.patterns.attention import aligned
 
 T = 24
 LOWEST = torch.finfo(torch.float32).min
@@ -383,6 +384,14 @@ def test_when_flex_attention_is_taken(function, length, dtype, width, reason):
         assert not report.counts and reason in report.misses[0].reason, report
 
 
+@pytest.mark.parametrize("function, length", [(causal_and_padded, 100), (bidirectional, 1024)])
+def test_flex_attention_on_request(function, length):
+    q, k, v = (torch.empty(2, 4, length, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    padding = torch.ones(2, length, dtype=torch.int64, device="meta")
+    assert not report_of(function, q, k, v, padding).counts
+    assert report_of(function, q, k, v, padding, options=Options(select="always")).counts == {"attention": 1}
+
+
 def test_no_flex_attention_with_sizes_that_are_not_known():
     """Its gradients were wrong there, on a GPU with torch 2.11."""
     q, k, v = (torch.empty(2, 4, 1024, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
@@ -645,3 +654,81 @@ def test_module_with_a_mask_of_its_own():
 
     report = report_of(Attention(), *heads())
     assert not report.counts and "mask" in report.misses[0].reason
+
+
+# ---- on a GPU: compiled, against float64 ---------------------------------------------------------------------------
+
+
+def causal_window(q, k, v, padding):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=window(q, padding))
+
+
+def causal_documents(q, k, v, padding):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=window_in_documents(q, padding))
+
+
+def only_causal(q, k, v, padding):
+    i = torch.arange(q.shape[-2], device=q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=i[:, None] >= i)
+
+
+def window_added(q, k, v, padding):
+    seen = window(q, padding)
+    mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def shared_keys(function):
+    return lambda q, k, v, padding: function(q, by_expand(k, 2), by_expand(v, 2), padding)
+
+
+ON_A_GPU = {
+    "causal": only_causal,
+    "padded": causal_and_padded,
+    "window": causal_window,
+    "documents": causal_documents,
+    "added": window_added,
+    "shared keys": shared_keys(causal_and_padded),
+    "shared keys, causal": shared_keys(only_causal),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_A_GPU)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("length, width", [(1024, 128), (777, 64), (513, 256)])
+def test_as_accurate_as_eager(name, dtype, length, width):
+    """From projections as they are laid out, to outputs and gradients; and some rows see nothing at their beginning."""
+    as_accurate_as_eager(name, dtype, length, width, "cuda", "liger")
+
+
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_as_accurate_as_eager_without_a_gpu(everywhere, name):
+    as_accurate_as_eager(name, torch.bfloat16, 65, 16, "cpu", rewritten([], "aot_eager"))
+
+
+def as_accurate_as_eager(name, dtype, length, width, device, backend):
+    function, groups = ON_A_GPU[name], 4 if name.startswith("shared") else 8
+    compiled = torch.compile(function, backend=backend)
+    accuracy = Accuracy()
+    for seed in range(2):
+        inputs = projected(length, groups, width, dtype, device)
+        if seed == 0:
+            assert report_of(function, *inputs).counts == {"attention": 1}
+        wide = [x.detach().double().requires_grad_() for x in inputs[:3]]
+        outs = compiled(*inputs), function(*inputs), function(*wide, inputs[3])
+        accuracy.add("out", *(x.detach() for x in outs))
+        incoming = torch.randn(outs[0].shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+        ways = zip(outs, (inputs, inputs, wide), strict=True)
+        gradients = [torch.autograd.grad(out, i[:3], incoming.to(out.dtype)) for out, i in ways]
+        for x, *values in zip(("query", "key", "value"), *gradients, strict=True):
+            accuracy.add(x, *values)
+    accuracy.check(rows=3 * 8 * length)
+
+
+def projected(length, groups, width, dtype, device):
+    """Leaves q, k and v as views of [rows, length, heads, width], and padding at the beginning and at the end."""
+    padding = torch.ones(3, length, dtype=torch.int64, device=device)
+    padding[0, : length // 5], padding[1, -length // 3 :] = 0, 0
+    made = (torch.randn(3, length, n, width, device=device).to(dtype) for n in (8, groups, groups))
+    return *(x.transpose(1, 2).detach().requires_grad_() for x in made), padding

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import relative_error, report_of, rewritten
 from torch import nn
 
-from liger_compile import ops
+from liger_compile import Options, ops
 
 op = importlib.import_module("liger_compile.ops.embedding")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -173,6 +173,15 @@ def test_wide_tables_are_left_with_the_reason(of_any_size):
     """Inductor's needs no other table then, and atomics on one are as fast as sorting."""
     report = report_of(lambda ids, w: F.embedding(ids, w), torch.tensor([0, 4]), table(torch.float32))
     assert not report.counts and "a table of torch.float32" in report.misses[0].reason
+
+
+def test_any_table_on_request():
+    weight, ids = table(torch.float32), torch.tensor([0, 4, 4])
+    report = report_of(lambda ids, w: F.embedding(ids, w, 4), ids, weight, options=Options(select="always"))
+    assert report.counts == {"embedding": 1}
+    after = report.graphs[0].after
+    (ours,) = torch.autograd.grad(after(ids, weight)[0].sum(), weight)
+    assert ours[0].eq(1).all() and ours[1:].eq(0).all()
 
 
 def test_tied_weights(of_any_size):
