@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import capture
 
-from bench.coverage import cover, sites
+from bench.coverage import SITUATIONS, cover, sites
 
 LEFT = {
     "bitnet": {}, "gpt_oss": {},
@@ -21,12 +21,27 @@ LEFT = {
 
 @pytest.mark.parametrize("family", LEFT)
 def test_family(family):
-    result = cover(family)
-    assert not result.failure, result.failure
+    result = in_situation(family, "float32")
     left = {kind: n for kind, n in result.left.items() if kind != "mask"}  # windows stay on a CPU
     assert result.found["norm"] and result.found["loss"] == 1 and left == LEFT[family], result
     assert result.reasons or not result.left, "left without a reason"
     assert result.loss_error < 1e-5 and result.gradient_error < 1e-4, result
+
+
+@pytest.mark.parametrize("situation", SITUATIONS[1:])
+@pytest.mark.parametrize("family", ["qwen3", "glm4", "deepseek_v3"])
+def test_other_situations(family, situation):
+    """RoPE of halves, of a part of neighbours, and of pairs, which a wider dtype reaches under autocast."""
+    result = in_situation(family, situation)
+    assert result.found["norm"] and result.found["rope"] == 4 and result.found["loss"] == 1 and not result.left, result
+    assert result.gradient_error < max(1e-4, 1.05 * result.eager_error), result
+
+
+def in_situation(family, situation):
+    result = cover(family, (situation,))
+    assert not result.failure, result.failure
+    assert not result.runs[situation].failure, result.runs[situation].failure
+    return result.runs[situation]
 
 
 def count(function, *inputs):
