@@ -146,21 +146,16 @@ def test_without_triton():
     out = run_python("""
 import sys
 
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "triton":
-            raise ImportError("no triton here")
-
-sys.meta_path.insert(0, Block())
+sys.modules["triton"] = None  # cannot be imported
 import torch, liger_compile
 from liger_compile import ops
 h, w, y = torch.randn(4, 8, requires_grad=True), torch.randn(7, 8), torch.tensor([0, 1, -100, 6])
 ops.linear_cross_entropy(h, w, None, y).backward()
 ops.rms_norm(h, None, 1e-6), ops.packed_glu(h), ops.rope(h, w[:4], w[:4])
 report = liger_compile.explain(lambda x: torch.rms_norm(x, (8,), w[0], 1e-6))(h)
-print(report.counts, "triton" in sys.modules)
+print(report.counts)
 """)
-    assert out.strip() == "{'rms_norm': 1} False"
+    assert out.strip() == "{'rms_norm': 1}"
 
 
 def test_the_function_itself_is_a_backend(configs, reports):
