@@ -5,11 +5,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from liger_compile.patterns.rms_norm import check as check_norm
 
 from liger_compile import ops
 from liger_compile.match import Match
 from liger_compile.pattern import subterms
-from liger_compile.patterns.rms_norm import check as check_norm
 from liger_compile.registry import pattern
 from liger_compile.terms import same
 

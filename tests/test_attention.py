@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Accuracy, relative_error, report_of, rewritten
+from liger_compile.patterns.attention import aligned
 from models import FAMILIES, batch, build, step
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bench.reading import Attention, comparing
 from liger_compile import Options
-from liger_compile.patterns.attention import aligned
 
 T = 24
 LOWEST = torch.finfo(torch.float32).min
