@@ -1,4 +1,5 @@
-"""What a training step keeps for its backward, with our rewrites and under Inductor alone, in every decoder family.
+"""What a training step keeps for its backward, with our rewrites and under Inductor alone, in the families of decoders
+that bench.coverage found something to rewrite in.
 
     python -m bench.kept [families...] [--out FOLDER]
 
@@ -8,6 +9,7 @@ generation, which has no say in it, is left out, so that this needs no GPU and t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -135,6 +137,11 @@ def per_layer(family: str) -> dict[str, float]:
 # ---- all of them --------------------------------------------------------------------------------------------------
 
 
+def families() -> list[str]:
+    found = json.loads((common.RESULTS / "coverage.json").read_text())["results"]
+    return [f["family"] for f in found if any(f["runs"].get("float32", {}).get("rewritten", {}).values())]
+
+
 def row(r: Kept) -> dict[str, Any]:
     sizes = {"Inductor KiB": r.inductor[0], "liger_compile KiB": r.ours[0]}
     measured = {name: round(n / 1024) if n else "" for name, n in sizes.items()}
@@ -145,7 +152,7 @@ def main() -> None:
     def told(found: dict[str, Any]) -> Any:
         return round(found["ours"][0] / found["inductor"][0], 3)
 
-    arguments, found = common.sweep("bench.kept", __doc__, check, coverage.families, told)
+    arguments, found = common.sweep("bench.kept", __doc__, check, families, told)
     results = [Kept(**f) for f in found]
     ran = sorted((r for r in results if not r.failure), key=lambda r: r.ratio)
     print(common.table([row(r) for r in (*ran, *(r for r in results if r.failure))]))

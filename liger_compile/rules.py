@@ -749,7 +749,7 @@ def _stack(c: Call, tensors: Any, dim: int = 0) -> Term:
 
 @rule("linear")
 def linear(c: Call, x: Term, weight: Term, bias: Any = None) -> Term:
-    if c.dtype is not None and x.is_float and x.dtype is not c.dtype:  # autocast
+    if c.dtype is not None and x.is_float:  # under autocast, those that have another dtype are cast
         x, weight = cast(c, x, c.dtype), cast(c, weight, c.dtype)
         bias = cast(c, bias, c.dtype) if isinstance(bias, Term) else bias
     return c("linear", x, weight, bias)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import capture, relative_error
+from helpers import Accuracy, capture, relative_error
 from models import batch, build
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
@@ -623,6 +623,26 @@ def test_autocast_around(configs, reports):
     with torch.autocast("cpu", torch.bfloat16):
         assert_like_eager(compiled, head, args, tolerance=2e-2)
     assert reports[0].counts == {**BOTH, "linear_cross_entropy": 1}, reports[0]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_autocast_of_a_head_behind_what_is_narrow_already(bias, configs, reports):
+    """Only the head's weights are cast then."""
+    body, head = nn.Linear(16, 16), nn.Linear(16, 40, bias=bias)
+    y = torch.randint(40, (300,))
+
+    def loss(x):
+        return F.cross_entropy(head(F.gelu(body(x))).float(), y)
+
+    x, parameters = torch.randn(300, 16), [*body.parameters(), *head.parameters()]
+    exact = torch.autograd.grad(loss(x), parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, eager = (torch.autograd.grad(f(x), parameters) for f in (torch.compile(loss, backend="liger"), loss))
+    assert reports[-1].counts == {"linear_cross_entropy": 1}
+    accuracy = Accuracy()
+    for each in zip("wbWB", ours, eager, exact, strict=False):
+        accuracy.add(*each)
+    accuracy.check(rows=300)
 
 
 def test_reset_and_compile_again(configs, reports):

@@ -11,10 +11,8 @@ from bench.coverage import SITUATIONS, cover, sites
 
 LEFT = {
     "bitnet": {}, "gpt_oss": {},
-    "apertus": {}, "arcee": {}, "exaone4": {}, "gemma": {}, "granite": {}, "hunyuan_v1_dense": {}, "llama": {},
-    "mixtral": {}, "olmo2": {}, "olmoe": {}, "phi3": {}, "qwen2": {}, "qwen3": {}, "qwen3_moe": {}, "smollm3": {},
-    "ernie4_5": {}, "glm": {}, "glm4": {}, "helium": {}, "llama4_text": {}, "minicpm3": {},
-    "nanochat": {},
+    "apertus": {}, "exaone4": {}, "granite": {}, "llama": {}, "olmo2": {}, "phi3": {}, "qwen3_moe": {},
+    "ernie4_5": {}, "glm": {}, "helium": {}, "llama4_text": {}, "minicpm3": {}, "nanochat": {},
 }  # fmt: skip
 """Families, and the sites that no pattern takes yet."""
 
@@ -29,12 +27,12 @@ def test_family(family):
 
 
 @pytest.mark.parametrize("situation", SITUATIONS[1:])
-@pytest.mark.parametrize("family", ["qwen3", "glm4", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["glm4", "deepseek_v3"])
 def test_other_situations(family, situation):
-    """RoPE of halves, of a part of neighbours, and of pairs, which a wider dtype reaches under autocast."""
+    """RoPE of a part of neighbours, and of pairs, which a wider dtype reaches under autocast."""
     result = in_situation(family, situation)
     assert result.found["norm"] and result.found["rope"] == 4 and result.found["loss"] == 1 and not result.left, result
-    assert result.gradient_error < max(1e-4, 1.05 * result.eager_error), result
+    assert result.gradient_error < (1.05 * result.plain_error if situation == "autocast" else 1e-4), result
 
 
 def in_situation(family, situation):

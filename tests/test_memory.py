@@ -45,8 +45,8 @@ def test_the_measure():
     assert kept[1] >= logits and kept[0] != lazy[0]
 
 
-@pytest.mark.parametrize("family", ["phi3", "glm4", "qwen3_next"])
+@pytest.mark.parametrize("family", ["glm4", "qwen3_next"])
 def test_families_of_the_sweep(family):
-    """Packed gates, RoPE of neighbours and norms behind each block, gated norms."""
+    """A packed gate, RoPE of neighbours and norms behind each block; gated norms."""
     result = check(family)
     assert not result.failure and result.rewritten and result.ratio <= 1, result
