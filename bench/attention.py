@@ -80,10 +80,11 @@ def operands(rows: int, length: int, heads: int, groups: int, width: int) -> Any
 def case(mask: Mask, rows: int, length: int, shape: Any, dynamic: bool) -> tuple[Any, ...]:
     """What `layers` takes; the compiler does not know how many rows and how long they are if `dynamic`."""
     (q, keys, values), tokens = operands(rows, length, *shape), tokens_for(mask, rows, length)
-    for x, *dims in ((x, 0, 2) for x in (q, *keys, *values)) if dynamic else ():
-        torch._dynamo.mark_dynamic(x, dims[rows == 1 :])
     if dynamic:
-        torch._dynamo.mark_dynamic(tokens, [0, 1][rows == 1 :])
+        one = int(rows == 1)  # which the compiler takes for a constant
+        torch._dynamo.mark_dynamic(tokens, [0, 1][one:])
+        for x in (q, *keys, *values):
+            torch._dynamo.mark_dynamic(x, [0, 2][one:])
     return q, keys, values, tokens
 
 

@@ -298,7 +298,7 @@ def families() -> list[str]:
 
 SITUATIONS = ("float32", "checkpointed", "autocast", "dynamic")
 """float32 as it is; with activation checkpoints; under bfloat16 autocast; with sizes that the compiler does not know,
-and another batch on the same compiled code."""
+and a larger batch after it."""
 
 
 @dataclass
@@ -531,7 +531,7 @@ listed.
 ## In other situations
 
 With activation checkpoints, under bfloat16 autocast, and with sizes that the compiler does not know, where a larger
-batch runs on the same compiled code: the families that have sites left there which float32 has not, that do not run
+batch follows: the families that have sites left there which float32 has not, that do not run
 there, or whose gradients differ by more than 1e-4, or under autocast by more than 1.05 times what those of the graphs
 not rewritten do. That is the largest of all parameters in a single run, which scatters.
 

@@ -150,7 +150,7 @@ def row(r: Kept) -> dict[str, Any]:
 
 def main() -> None:
     def told(found: dict[str, Any]) -> Any:
-        return round(found["ours"][0] / found["inductor"][0], 3)
+        return round(Kept(**found).ratio, 3)
 
     arguments, found = common.sweep("bench.kept", __doc__, check, families, told)
     results = [Kept(**f) for f in found]

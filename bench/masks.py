@@ -109,7 +109,7 @@ def run(result: Masks, model: torch.nn.Module, kind: str, rows: int) -> list[Att
         result.skipped[kind] = f"takes no {', '.join(sorted(missing))}"
         return []
     try:
-        eager_loss, eager = coverage.step(model, model, batch)
+        eager = coverage.step(model, model, batch)
     except Exception as error:
         result.skipped[kind] = f"does not run in eager: {coverage.said(error)}"
         return []
@@ -125,7 +125,7 @@ def run(result: Masks, model: torch.nn.Module, kind: str, rows: int) -> list[Att
     torch._dynamo.reset()
     try:
         with mock.patch("liger_compile.patterns.attention._unfit", lambda match, seen: None):
-            loss, ours = coverage.step(model, torch.compile(model, backend=comparing(found, rewritten)), batch)
+            ours = coverage.step(model, torch.compile(model, backend=comparing(found, rewritten)), batch)
     except Exception as error:
         result.failure = f"{kind}: {coverage.said(error)}"
         return found
@@ -137,8 +137,9 @@ def run(result: Masks, model: torch.nn.Module, kind: str, rows: int) -> list[Att
             result.wrong.append(f"{kind}: {attention.says}")
     result.replaced += replaced
     if replaced:
-        result.loss_error = max(result.loss_error or 0.0, abs(loss - eager_loss) / abs(eager_loss))
-        result.gradient_error = max(result.gradient_error or 0.0, coverage.gradient_error(ours, eager))
+        loss_error, gradient_error = coverage.errors(ours, eager)
+        result.loss_error = max(result.loss_error or 0.0, loss_error)
+        result.gradient_error = max(result.gradient_error or 0.0, gradient_error)
     return found
 
 

@@ -14,9 +14,10 @@ LEAST = 1 << 25
 
 
 def check(match: Match) -> str | dict:
-    reason = None if match.options.select == "always" else as_good(match)
+    if match.options.select != "always" and (reason := as_good(match)):
+        return reason
     padding = match.captures.get("padding_idx")
-    return reason or {"padding_idx": -1 if padding is None else padding % match.shape("weight")[0]}
+    return {"padding_idx": -1 if padding is None else padding % match.shape("weight")[0]}
 
 
 def as_good(match: Match) -> str | None:

@@ -11,8 +11,10 @@ from bench.coverage import SITUATIONS, cover, sites
 
 LEFT = {
     "bitnet": {}, "gpt_oss": {},
-    "apertus": {}, "exaone4": {}, "granite": {}, "llama": {}, "olmo2": {}, "phi3": {}, "qwen3_moe": {},
-    "ernie4_5": {}, "glm": {}, "helium": {}, "llama4_text": {}, "minicpm3": {}, "nanochat": {},
+    "apertus": {}, "arcee": {}, "exaone4": {}, "gemma": {}, "granite": {}, "hunyuan_v1_dense": {}, "llama": {},
+    "mixtral": {}, "olmo2": {}, "olmoe": {}, "phi3": {}, "qwen2": {}, "qwen3": {}, "qwen3_moe": {}, "smollm3": {},
+    "ernie4_5": {}, "glm": {}, "glm4": {}, "helium": {}, "llama4_text": {}, "minicpm3": {},
+    "nanochat": {},
 }  # fmt: skip
 """Families, and the sites that no pattern takes yet."""
 
