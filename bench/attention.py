@@ -28,6 +28,9 @@ SHAPES = ((16, 8, 128), (32, 8, 64), (8, 4, 256))
 """Heads of queries, heads of keys and values, elements of a head."""
 
 Mask = Callable[[torch.Tensor], torch.Tensor]
+Inputs = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], torch.Tensor]
+"""Of `layers`: queries, the keys and the values of each layer, tokens."""
+Way = Callable[..., torch.Tensor]
 
 
 def causal(n: int) -> torch.Tensor:
@@ -55,7 +58,7 @@ def tokens_for(mask: Mask, rows: int, length: int) -> torch.Tensor:
     return (at + row * length // 16) % (length // 8 + row % 3 * length // 8)
 
 
-def layers(mask: Mask) -> Callable[..., torch.Tensor]:
+def layers(mask: Mask) -> Way:
     def function(q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], tokens: torch.Tensor) -> Any:
         seen = mask(tokens)
         for k, v in zip(keys, values, strict=True):
@@ -77,7 +80,7 @@ def operands(rows: int, length: int, heads: int, groups: int, width: int) -> Any
     return leaf(heads), *([leaf(groups) for _ in range(LAYERS)] for _ in range(2))
 
 
-def case(mask: Mask, rows: int, length: int, shape: Any, dynamic: bool) -> tuple[Any, ...]:
+def case(mask: Mask, rows: int, length: int, shape: Any, dynamic: bool) -> Inputs:
     """What `layers` takes; the compiler does not know how many rows and how long they are if `dynamic`."""
     (q, keys, values), tokens = operands(rows, length, *shape), tokens_for(mask, rows, length)
     if dynamic:
@@ -88,14 +91,44 @@ def case(mask: Mask, rows: int, length: int, shape: Any, dynamic: bool) -> tuple
     return q, keys, values, tokens
 
 
-def measured(ways: dict[str, Callable[..., Any]], inputs: tuple[Any, ...]) -> dict[str, Any]:
+def alone(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """The last row as leaves of its own."""
+
+    def leaf(x: torch.Tensor) -> torch.Tensor:
+        return x.detach()[-1:].to(dtype).requires_grad_()
+
+    q, keys, values, tokens = inputs
+    return leaf(q), [leaf(x) for x in keys], [leaf(x) for x in values], tokens[-1:]
+
+
+def results(way: Way, inputs: Inputs, incoming: torch.Tensor) -> list[torch.Tensor]:
+    """The output and all gradients of the last row."""
+    q, keys, values, _ = inputs
+    out = way(*inputs)
+    gradients = torch.autograd.grad(out, [q, *keys, *values], incoming.to(out.dtype))
+    return [x.detach()[-1:].double() for x in (out, *gradients)]
+
+
+def errors(ways: dict[str, Way], mask: Mask, inputs: Inputs, incoming: torch.Tensor) -> dict[str, float]:
+    """Of the output and the gradients, the largest error against float64 over that of eager."""
+    by_itself = (alone(inputs, dtype) for dtype in (torch.float64, inputs[0].dtype))
+    exact, eager = (results(layers(mask), row, incoming[-1:]) for row in by_itself)
+    found = {name: results(way, inputs, incoming) for name, way in ways.items()}
+    return {
+        f"{name} error": max(
+            float((x - right).norm() / (theirs - right).norm())
+            for x, theirs, right in zip(ours, eager, exact, strict=True)
+        )
+        for name, ours in found.items()
+    }
+
+
+def measured(ways: dict[str, Way], mask: Mask, inputs: Inputs) -> dict[str, Any]:
     q, keys, values, _ = inputs
     incoming = torch.randn_like(q)
     leaves = [q, *keys, *values]
     steps = {n: lambda way=way: torch.autograd.grad(way(*inputs), leaves, incoming) for n, way in ways.items()}
-    found: dict[str, Any] = {}
-    ours, theirs = (step() for step in steps.values())
-    found["difference"] = max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
+    found = errors(ways, mask, inputs, incoming)
     base = torch.cuda.memory_allocated()
     for name, ms in common.interleaved(steps, repeats=15, ahead=3).items():
         found[f"{name} ms"] = ms / LAYERS
@@ -118,7 +151,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch._functorch.config.guess_tangent_strides_as_outputs = True  # as in bench.ops
     found: list[dict[str, Any]] = []
-    ways: dict[str, Callable[..., Any]] = {}
+    ways: dict[str, Way] = {}
     last: Any = None
     kind = "dynamic" if arguments.dynamic else "static"
     with mock.patch("liger_compile.patterns.attention._unfit", lambda match, seen: None):  # also where it is not taken
@@ -130,7 +163,7 @@ def main() -> None:
                 ways = {b: torch.compile(layers(mask), backend=b) for b in ("liger", "inductor")}
                 last = this
             row = {"mask": mask.__name__, "shape": shape, "rows": rows, "length": length, "rewrites": rewrites}
-            found.append(row | measured(ways, inputs))
+            found.append(row | measured(ways, mask, inputs))
             print(found[-1], flush=True)
     print(common.table(found))
     print(common.save(f"attention-{kind}", found, arguments.out))

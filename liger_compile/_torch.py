@@ -114,6 +114,11 @@ def constant(value: Any) -> int | None:
     return int(expr) if expr.is_number else None
 
 
+def size_hint(value: Any) -> int | None:
+    """The size a graph was captured with, without adding a guard; None if it hangs on data. Checked on 2.11, 2.13."""
+    return value if isinstance(value, int) else value.node.hint
+
+
 def size_terms(value: Any) -> tuple[dict[str, int], int]:
     """A size as a sum of named symbols times whole numbers, and a constant. Checked on 2.13.
 

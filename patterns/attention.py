@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from liger_compile import mask_code
-from liger_compile._torch import known_true
+from liger_compile._torch import known_true, size_hint
 from liger_compile.elements import attended, extent_of, positions
 from liger_compile.match import Match
 from liger_compile.ops import masked_attention
@@ -36,7 +36,8 @@ TILE_BYTES = 16
 """Flash kernels load this much at once, from addresses they take for multiples of it."""
 FEWEST = 512
 """Queries and keys from which FlexAttention is taken. bench.attention has it faster from 128 on, a block of scores; a
-length that does not fill its last block was not measured, and from here on costs a quarter more at most."""
+length that does not fill its last block was not measured, and from here on costs a quarter more at most. Of a length
+that is not known, that of the first step counts."""
 
 
 def read(match: Match) -> Bool | str:
@@ -149,12 +150,14 @@ def _unfit(match: Match, seen: Bool) -> str | None:
     widths = [match.shape(name)[-1] for name in ("query", "key", "value")]
     if not all(isinstance(w, int) and 16 <= w <= 256 for w in widths):
         return f"FlexAttention is not fast with heads of {widths} elements"
-    sizes = (*match.shape("query"), *match.shape("key"))
-    if len(sizes) != 8 or not all(isinstance(n, int) for n in sizes):
-        return "FlexAttention is used where four sizes are known to the compiler"
+    if any(len(match.shape(name)) != 4 for name in ("query", "key", "value")):
+        return "FlexAttention takes tensors of four dimensions"
+    lengths = [size_hint(match.shape(name)[-2]) for name in ("query", "key")]
+    if None in lengths or not all(isinstance(match.shape(name)[-3], int) for name in ("query", "key")):
+        return "FlexAttention was not tried with a length that hangs on data, or heads whose number is not known"
     if match.options.select == "always":
         return None
-    if min(match.shape("query")[-2], match.shape("key")[-2]) < FEWEST:
+    if min(lengths) < FEWEST:
         return f"FlexAttention was measured to be faster with many queries and keys; here are fewer than {FEWEST}"
     if _causal(match) not in (seen.of if isinstance(seen, All) else (seen,)):
         return "FlexAttention was measured to be faster with masks that are causal among others"
