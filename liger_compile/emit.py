@@ -90,10 +90,10 @@ class Emitter:
 
 def _sizes(shape: tuple[Any, ...]) -> list[int]:
     """A shape as literal arguments: at most one extent may be symbolic."""
-    symbolic = [i for i, n in enumerate(shape) if not isinstance(n, int)]
-    if len(symbolic) > 1:
+    known = [_torch.constant(n) for n in shape]
+    if known.count(None) > 1:
         raise Illegal(f"the shape {shape} has more than one symbolic size")
-    return [-1 if i in symbolic else n for i, n in enumerate(shape)]
+    return [-1 if n is None else n for n in known]
 
 
 def _slice(e: Emitter, x: Term, dim: int, lo: Any, hi: Any, step: int) -> fx.Node:
@@ -176,13 +176,14 @@ def _call(emitter: Emitter) -> fx.Node:
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal strides, but for dimensions of extent one, where strides have no meaning."""
-    return all(same(n, 1) or same(s, t) for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+    pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(same(n, 1) or _torch.same_sizes((s,), (t,)) for n, s, t in pairs)
 
 
 def _fit(emitter: Emitter, result: fx.Node, original: fx.Node) -> fx.Node:
     """The result with the dtype and layout of what it replaces; code behind it may rely on both."""
     new, old = value_of(result), value_of(original)
-    if not isinstance(new, torch.Tensor) or not same(tuple(new.shape), tuple(old.shape)) or new.device != old.device:
+    if not isinstance(new, torch.Tensor) or not _torch.same_sizes(new.shape, old.shape) or new.device != old.device:
         found = f"{tuple(new.shape)} on {new.device}" if isinstance(new, torch.Tensor) else repr(new)
         raise Illegal(f"the replacement gives {found}, the graph has {tuple(old.shape)} on {old.device}", original)
     if new.dtype is not old.dtype:

@@ -191,7 +191,7 @@ class GraphTerms:
         if arg not in self.of:
             value = value_of(arg)
             if isinstance(value, torch.SymFloat):
-                number = self.terms.make("number", (arg.name,))
+                number = self._number(arg)
                 self.carriers.setdefault(number, [arg])
                 return number
             if value is None or isinstance(value, torch.SymBool):
@@ -207,6 +207,12 @@ class GraphTerms:
         self.carriers.setdefault(term, [arg])
         self.version[term] = seen
         return term
+
+    def _number(self, node: fx.Node) -> Term:
+        """A number that the graph computes."""
+        if node.target is operator.neg:
+            return self.terms.make("neg", (self._number(node.args[0]),))
+        return self.terms.make("number", (node.name,))
 
     def is_pure(self, node: fx.Node) -> bool:
         """Whether a call can be left out if nobody reads its result: it writes nothing and draws no random numbers."""

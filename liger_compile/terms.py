@@ -136,9 +136,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _key(value: Any) -> Hashable:
-    """A hashable stand-in; a SymInt is known by its expression."""
+    """A hashable stand-in; a SymInt is known by its expression, which may be a number."""
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
-        return ("sym", str(value))
+        text = str(value)
+        return int(text) if text.isdigit() else ("sym", text)
     if isinstance(value, (tuple, list)):
         return tuple(_key(v) for v in value)
     if isinstance(value, slice):

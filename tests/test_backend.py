@@ -17,6 +17,7 @@ from helpers import Accuracy, capture, relative_error
 from models import batch, build
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+from torch._subclasses import FakeTensorMode
 
 import liger_compile
 from liger_compile import _torch, backend, make_pattern, pattern, register_pattern, rewrite
@@ -33,6 +34,7 @@ def layer(x, w):
 
 
 BOTH = {"rms_norm": 1, "swiglu": 1}
+REUSE = "allow_buffer_reuse"
 
 
 def head(x, w, v, y):
@@ -553,6 +555,15 @@ def test_module(configs, reports):
     model.compile(backend="liger")
     assert relative_error(model(x).detach(), Model()(x).detach()) < 1e-6
     assert reports[-1].counts == BOTH
+
+
+@pytest.mark.parametrize(
+    "device, given, asked", [("cpu", {}, {}), ("cuda", {}, {REUSE: False}), ("cuda", {REUSE: True}, {REUSE: True})]
+)
+def test_buffers_are_freed_on_a_gpu(device, given, asked):
+    """Unless the user says otherwise."""
+    with FakeTensorMode():
+        assert backend._freeing(given, [3, torch.empty(2, device=device)]) == asked
 
 
 @pytest.mark.parametrize("dynamic", [None, True, False])

@@ -206,6 +206,17 @@ def test_glu(dtype, unit):
         compare(with_product(PACKED_BACKWARD, gate_first), args, scatter_rows=1)
 
 
+@pytest.mark.parametrize("unit", ["silu", "everything"])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str)
+def test_glu_of_two_dtypes(dtypes, unit):
+    """As autocast leaves them: what comes out of a projection is narrower than what does not."""
+    gate, up = (small(dtype, 4, 33) for dtype in dtypes)
+    compare(GLU, (gate, up, *UNITS[unit]), scatter_rows=1)
+    for again in (False, True):
+        args = small(torch.float32, 4, 33), gate, up, *UNITS[unit]
+        compare(with_product(GLU_BACKWARD, again), args, scatter_rows=1)
+
+
 def with_product(functions, again):
     """A unit's gradients, and its product beside them."""
     return tuple(functools.partial(f, again=again) for f in functions)
@@ -519,6 +530,9 @@ def test_glu_at_size(dtype, unit):
         compare(with_product(GLU_BACKWARD, again), (real(dtype, *gate.shape), gate.contiguous(), up, *unit), 8192)
     compare(PACKED, (x, activation, True, *variant), 8192)
     compare(with_product(PACKED_BACKWARD, True), (real(dtype, *gate.shape), x, activation, False, *variant), 8192)
+    up, dy = up.float(), real(torch.float32, *gate.shape)
+    compare(GLU, (gate, up, *unit), 8192)
+    compare(with_product(GLU_BACKWARD, False), (dy, gate, up, *unit), 8192)
 
 
 @gpu

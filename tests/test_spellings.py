@@ -367,6 +367,15 @@ def test_swiglu(function, dtype):
     )
 
 
+@pytest.mark.parametrize("narrow", ["gate", "up"])
+def test_swiglu_of_two_dtypes(narrow):
+    g, u = torch.randn(4, 6), torch.randn(4, 6)
+    g, u = (g.bfloat16(), u) if narrow == "gate" else (g, u.bfloat16())
+    report = report_of(glu_llama, g, u)
+    assert report.counts == {"swiglu": 1}, report
+    torch.testing.assert_close(report.graphs[0].after(*ordered(report, g=g, u=u))[0], glu_llama(g, u))
+
+
 def packed_chunk(h):
     g, u = h.chunk(2, dim=-1)
     return F.silu(g) * u
@@ -1123,7 +1132,7 @@ NEAR_MISSES = [
     ("swiglu", r"silu is also used|silu.*returned|also used by", silu_used_twice, (G, U)),
     ("swiglu", r"mul_|changed in place|after", silu_mutated, (G, U)),
     ("swiglu", r"float64", lambda g, u: F.silu(g) * u, (G.double(), U.double())),
-    ("swiglu", r"bfloat16", lambda g, u: F.silu(g) * u, (G.bfloat16(), U)),
+    ("swiglu", r"converted beforehand", lambda g, u: F.silu(g) * u.float(), (G.bfloat16(), U.bfloat16())),
     ("swiglu", r"sigmoid.*silu", lambda g, u: g * torch.sigmoid(1.702 * g) * u, (G, U)),
     ("rope", r"neg", lambda x, c, s: rotated(x, c, s, lambda x: torch.cat((x[..., 4:], x[..., :4]), -1)), (Q, COS, SIN)),
     ("rope", r"neg", lambda x, c, s: rotated(x, c, s, lambda x: torch.cat((-x[..., 4:], -x[..., :4]), -1)), (Q, COS, SIN)),

@@ -96,7 +96,7 @@ def _factors(g, u, gate_scale, limit, up_offset, PLAIN: tl.constexpr):
             most = tl.cast(limit, tl.float32)
             gate = tl.where(gate > most, most, gate).to(g.dtype).to(tl.float32)  # a NaN stays one
             up = tl.where(up > most, most, tl.where(up < -most, -most, up))
-        up = (up + tl.cast(up_offset, tl.float32)).to(g.dtype).to(tl.float32)
+        up = (up + tl.cast(up_offset, tl.float32)).to(u.dtype).to(tl.float32)
     return gate, up
 
 
@@ -175,7 +175,7 @@ def _glu_backward(
             scaled = (g.to(tl.float32) * tl.cast(gate_scale, tl.float32)).to(g.dtype).to(tl.float32)
             dgate = tl.where(scaled <= most, dgate, 0.0)
             dup = tl.where(tl.abs(u.to(tl.float32)) <= most, dup, 0.0)
-    dgate, dup = dgate.to(dgate_ptr.dtype.element_ty), dup.to(dgate_ptr.dtype.element_ty)
+    dgate, dup = dgate.to(dgate_ptr.dtype.element_ty), dup.to(dup_ptr.dtype.element_ty)
     if PACKING == APART:
         tl.store(dgate_ptr + row * dgate_stride + cols, dgate, mask=mask)
         tl.store(dup_ptr + row * dup_stride + cols, dup, mask=mask)
@@ -244,7 +244,8 @@ def forward(
     alpha: float = 1.0,
     up_offset: float = 0.0,
 ) -> Tensor:
-    return _run_forward(gate, up, torch.empty_like(gate), _how(activation, gate_scale, limit, alpha, up_offset))
+    y = torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, up.dtype))
+    return _run_forward(gate, up, y, _how(activation, gate_scale, limit, alpha, up_offset))
 
 
 def backward(
@@ -259,7 +260,7 @@ def backward(
     again: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    y = torch.empty_like(gate) if again else None
+    y = torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, up.dtype)) if again else None
     _run_backward(dy, gate, up, dgate, dup, y, _how(activation, gate_scale, limit, alpha, up_offset))
     return dgate, dup, gate.new_empty(0) if y is None else y
 

@@ -1,7 +1,7 @@
 """The gated linear unit of language models' MLPs: `y = act(gate) * up`.
 
-`glu(gate, up, activation="silu", gate_scale=1.0, limit=None, alpha=1.0, up_offset=0.0) -> y`: gate and up [..., I], of
-one dtype, any strides; y has their shape and gate's strides, made dense.
+`glu(gate, up, activation="silu", gate_scale=1.0, limit=None, alpha=1.0, up_offset=0.0) -> y`: gate and up [..., I], any
+strides; y has their shape, the dtype that a product of the two has, and gate's strides, made dense.
 `packed_glu(x, activation="silu", gate_first=True, ..., interleaved=False) -> y`: both halves of x [..., 2I] at once,
 the gate first or second, or alternating if `interleaved`; y is [..., I], contiguous. Its backward writes the gradient
 of x directly, without a concatenation.
@@ -14,7 +14,7 @@ act is
 - "silu": z sigmoid(alpha z), "gelu", "gelu_tanh", "relu", "relu2": relu(z)^2.
 
 float32, bfloat16 or float16. The scaled gate, the activation and the shifted up are computed in float32 and rounded to
-the dtype before they are used, as in eager.
+the dtype of gate, or of up, before they are used, as in eager.
 Formulas: Shazeer, GLU Variants Improve Transformer, 2020 (arXiv:2002.05202); relu2: So et al., Primer, 2021
 (arXiv:2109.08668).
 """
@@ -34,8 +34,8 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
 def _check(gate: Tensor, up: Tensor, activation: str, alpha: float = 1.0, limit: float | None = None) -> None:
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"glu: gate {gate.dtype}{tuple(gate.shape)} and up {up.dtype}{tuple(up.shape)} must be alike")
+    if gate.shape != up.shape:
+        raise ValueError(f"glu: gate {tuple(gate.shape)} and up {tuple(up.shape)} must be of one shape")
     if activation not in ACTIVATIONS:
         raise ValueError(f"glu: activation is one of {ACTIVATIONS}, not {activation!r}")
     if alpha != 1 and activation != "silu":
@@ -80,7 +80,7 @@ def _fake(
     up_offset: float = 0.0,
 ) -> Tensor:
     _check(gate, up, activation, alpha, limit)
-    return torch.empty_like(gate)
+    return torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, up.dtype))
 
 
 def _product(
@@ -118,18 +118,18 @@ def _gradients(
     alpha: float = 1.0,
     up_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    dtype, wide = gate.dtype, torch.promote_types(torch.float32, gate.dtype)
-    d, g, u = dy.to(wide), (gate.to(wide) * gate_scale).to(dtype).to(wide), up.to(wide)
+    wide = torch.promote_types(torch.float32, dy.dtype)
+    d, g, u = dy.to(wide), (gate.to(wide) * gate_scale).to(gate.dtype).to(wide), up.to(wide)
     bound = math.inf if limit is None else limit
-    activated, slope = _activation_and_slope(g.clamp(max=bound).to(dtype).to(wide), activation, alpha)
-    other = (u.clamp(-bound, bound) + up_offset).to(dtype).to(wide)
+    activated, slope = _activation_and_slope(g.clamp(max=bound).to(gate.dtype).to(wide), activation, alpha)
+    other = (u.clamp(-bound, bound) + up_offset).to(up.dtype).to(wide)
     dgate = d * other * slope * gate_scale
-    dup = d * activated.to(dtype)
+    dup = d * activated.to(gate.dtype)
     if activation in ("relu", "relu2"):  # chosen, not multiplied: a zero also where up is not finite
         dgate = torch.where(g <= 0, 0, dgate)
     if limit is not None:
         dgate, dup = torch.where(g <= limit, dgate, 0), torch.where(u.abs() <= limit, dup, 0)
-    return dgate.to(dtype), dup.to(dtype)
+    return dgate.to(gate.dtype), dup.to(up.dtype)
 
 
 def _backward_fake(
