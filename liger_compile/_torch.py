@@ -7,6 +7,7 @@ import copy
 import functools
 import hashlib
 import logging
+import math
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +118,13 @@ def constant(value: Any) -> int | None:
 def size_hint(value: Any) -> int | None:
     """The size a graph was captured with, without adding a guard; None if it hangs on data. Checked on 2.11, 2.13."""
     return value if isinstance(value, int) else value.node.hint
+
+
+def bytes_hint(tensor: torch.Tensor) -> int:
+    """The bytes of a tensor's elements, of the sizes that its graph was captured with; sizes that hang on data count as
+    one.
+    """
+    return tensor.itemsize * math.prod(size_hint(n) or 1 for n in tensor.shape)
 
 
 def size_terms(value: Any) -> tuple[dict[str, int], int]:

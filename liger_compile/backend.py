@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from . import _torch, debug, fuse, lazy
+from .graph_terms import value_of
 from .options import Options, split_options
 from .report import Report
 from .rewrite import rewrite
@@ -43,7 +44,7 @@ def liger(
         return _torch.compile_fx(gm, example_inputs, config)
     if ours.verify:
         return _lazily(after, lambda gm: gm.forward)
-    fused = _freeing(_with_fusions(config) if ours.fuse else config, example_inputs)
+    fused = _freeing(_with_fusions(config) if ours.fuse else config, after)
     try:
         with contextlib.nullcontext() if _ops_are_ours(after) else _torch.without_autograd_cache():
             return _lazily(after, lambda gm: _torch.compile_fx(gm, example_inputs, fused))
@@ -54,14 +55,18 @@ def liger(
         return _torch.compile_fx(gm, example_inputs, config)
 
 
+def _nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    """Those of the graph, and of the bodies in it."""
+    return (n for m in gm.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes)
+
+
 def _ops_are_ours(gm: fx.GraphModule) -> bool:
     """Whether the ops that were put in are all of this package, or of torch.
 
     AOTAutograd's cache on disk knows an op by its name. The code of ours is in its keys; that of a user's op, whose
     gradient it traces through as well, may have changed.
     """
-    graphs = (m.graph for m in gm.modules() if isinstance(m, fx.GraphModule))
-    made = (n.target for graph in graphs for n in graph.nodes if "liger_pattern" in n.meta)
+    made = (n.target for n in _nodes(gm) if "liger_pattern" in n.meta)
     return all(t.namespace in ("liger_compile", "aten") for t in made if isinstance(t, torch._ops.OpOverload))
 
 
@@ -73,14 +78,21 @@ def _with_fusions(config: dict[str, Any]) -> dict[str, Any]:
     return fusing or config
 
 
-def _freeing(config: dict[str, Any], inputs: Sequence[Any]) -> dict[str, Any]:
-    """Inductor's options, by which a buffer on a GPU goes back to PyTorch's allocator after its last use.
+LARGE = 16 * 2**20
+"""Bytes that take a GPU longer to write than its host to allocate."""
+
+
+def _freeing(config: dict[str, Any], gm: fx.GraphModule) -> dict[str, Any]:
+    """Inductor's options, by which a buffer on a GPU goes back to PyTorch's allocator after its last use, where there
+    are large ones.
 
     By itself Inductor holds on to a buffer for the next one of its size, through all that runs in between: those of a
-    gated unit's gradient through attention's, 0.4 GiB of a training step with 8,192 tokens of Llama-3-8B.
+    gated unit's gradient through attention's, 0.4 GiB of a training step with 8,192 tokens of Llama-3-8B. In steps of
+    few tokens, which the host keeps waiting, that is what to do.
     """
-    on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs)
-    return {"allow_buffer_reuse": False, **config} if on_gpu else config
+    made = (value_of(n) for n in _nodes(gm) if n.op.startswith("call"))
+    large = any(isinstance(v, torch.Tensor) and v.is_cuda and _torch.bytes_hint(v) >= LARGE for v in made)
+    return {"allow_buffer_reuse": False, **config} if large else config
 
 
 def _fuse(graph: fx.Graph) -> None:

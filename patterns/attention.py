@@ -34,10 +34,11 @@ attention = torch.ops.aten.scaled_dot_product_attention.default
 
 TILE_BYTES = 16
 """Flash kernels load this much at once, from addresses they take for multiples of it."""
-FEWEST = 512
+FEWEST, FEWEST_UNKNOWN = 512, 1000
 """Queries and keys from which FlexAttention is taken. bench.attention has it faster from 128 on, a block of scores; a
-length that does not fill its last block was not measured, and from here on costs a quarter more at most. Of a length
-that is not known, that of the first step counts."""
+length that does not fill its last block was not measured, and from 512 on costs a quarter more at most. Where the
+compiler does not know the length, that of the first step counts; the kernel is slower, and faster than others from 500
+or 1,000 on, by the shape of heads."""
 
 
 def read(match: Match) -> Bool | str:
@@ -157,8 +158,10 @@ def _unfit(match: Match, seen: Bool) -> str | None:
         return "FlexAttention was not tried with a length that hangs on data, or heads whose number is not known"
     if match.options.select == "always":
         return None
-    if min(lengths) < FEWEST:
-        return f"FlexAttention was measured to be faster with many queries and keys; here are fewer than {FEWEST}"
+    known = all(isinstance(match.shape(name)[-2], int) for name in ("query", "key"))
+    fewest = FEWEST if known else FEWEST_UNKNOWN
+    if min(lengths) < fewest:
+        return f"FlexAttention was measured to be faster with many queries and keys; here are fewer than {fewest}"
     if _causal(match) not in (seen.of if isinstance(seen, All) else (seen,)):
         return "FlexAttention was measured to be faster with masks that are causal among others"
     return None

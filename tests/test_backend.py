@@ -558,12 +558,19 @@ def test_module(configs, reports):
 
 
 @pytest.mark.parametrize(
-    "device, given, asked", [("cpu", {}, {}), ("cuda", {}, {REUSE: False}), ("cuda", {REUSE: True}, {REUSE: True})]
+    "device, rows, given, asked",
+    [
+        ("cpu", 2**20, {}, {}),
+        ("cuda", 2**10, {}, {}),
+        ("cuda", 2**20, {}, {REUSE: False}),
+        ("cuda", 2**20, {REUSE: True}, {REUSE: True}),
+    ],
 )
-def test_buffers_are_freed_on_a_gpu(device, given, asked):
+def test_large_buffers_on_a_gpu_are_freed(device, rows, given, asked):
     """Unless the user says otherwise."""
     with FakeTensorMode():
-        assert backend._freeing(given, [3, torch.empty(2, device=device)]) == asked
+        gm = capture(lambda x: x + 1, torch.empty(rows, 8, device=device))
+    assert backend._freeing(given, gm) == asked
 
 
 @pytest.mark.parametrize("dynamic", [None, True, False])
