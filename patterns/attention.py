@@ -1,8 +1,8 @@
 """Attention whose mask is index arithmetic, or whose keys and values are repeated for groups of heads.
 
-There is no kernel of ours in this file. A mask that says no more than "causal" is left out: PyTorch's own attention,
-told so, can run the flash kernels, which skip what is hidden. A mask that says more becomes FlexAttention's, where that
-was measured to be faster. Neither mask nor repeated keys are stored.
+There is no kernel of ours in this file. A mask that says no more than "causal", or nothing, is left out: PyTorch's own
+attention, told so, can run the flash kernels, which skip what is hidden. A mask that says more becomes FlexAttention's,
+where that was measured to be faster. Neither mask nor repeated keys are stored.
 """
 
 import math
@@ -112,6 +112,17 @@ def check_causal_groups(match: Match) -> str | None:
     return check_causal(match) or check_groups(match)
 
 
+def check_everything(match: Match) -> str | None:
+    seen = read(match)
+    if isinstance(seen, str):
+        return seen
+    return check_layout(match) if seen is True else f"attends where {seen!r}, which is not everywhere"
+
+
+def check_everything_groups(match: Match) -> str | None:
+    return check_everything(match) or check_groups(match)
+
+
 def check_seen(match: Match) -> str | dict:
     """FlexAttention takes any mask that is a function of positions. It is chosen where its kernels are fast."""
     seen = read(match)
@@ -199,6 +210,14 @@ def spares_copies(match: Match) -> str:
     return f"{size(math.prod(sizes))} of repeated keys and values" if all(isinstance(n, int) for n in sizes) else ""
 
 
+def spares_mask(match: Match) -> str:
+    return "the mask"
+
+
+def spares_mask_and_copies(match: Match) -> str:
+    return ", ".join(filter(None, (spares_mask(match), spares_copies(match))))
+
+
 def spares_half_and_copies(match: Match) -> str:
     return ", ".join(filter(None, (spares_half(match), spares_copies(match))))
 
@@ -216,6 +235,16 @@ def masked(query, key, value, attn_mask: torch.Tensor, dropout_p, scale):
     check_causal_groups, attention, spares_half_and_copies, attn_mask=None, is_causal=True, enable_gqa=True
 )
 def masked_groups(query, key, value, attn_mask: torch.Tensor, dropout_p, scale):
+    return attention(query, *repeated(query, key, value), attn_mask, dropout_p, scale=scale)
+
+
+@attention_pattern(check_everything, attention, spares_mask, attn_mask=None)
+def unmasked(query, key, value, attn_mask: torch.Tensor, dropout_p, scale):
+    return attention(query, key, value, attn_mask, dropout_p, scale=scale)
+
+
+@attention_pattern(check_everything_groups, attention, spares_mask_and_copies, attn_mask=None, enable_gqa=True)
+def unmasked_groups(query, key, value, attn_mask: torch.Tensor, dropout_p, scale):
     return attention(query, *repeated(query, key, value), attn_mask, dropout_p, scale=scale)
 
 

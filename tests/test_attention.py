@@ -141,13 +141,35 @@ CAUSAL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("mask", CAUSAL, ids=lambda f: f.__name__)
-def test_causal(mask):
+def ones(n):
+    return torch.ones(n, n, dtype=torch.bool)
+
+
+def additive_zeros(n):
+    return torch.zeros(1, 1, n, n)
+
+
+def additive_of_no_padding(n):
+    """How encoders extend the mask they make when they are given none."""
+    return (1.0 - torch.ones(2, n)[:, None, None, :]) * LOWEST
+
+
+def before_or_after(n):
+    i = torch.arange(n)
+    return (i[:, None] >= i) | (i[:, None] < i)
+
+
+EVERYTHING = [ones, additive_zeros, additive_of_no_padding, before_or_after]
+
+
+@pytest.mark.parametrize("mask", CAUSAL + EVERYTHING, ids=lambda f: f.__name__)
+def test_causal_or_no_mask(mask):
     inputs = heads()
     report = report_of(attend(mask), *inputs)
     assert report.counts == {"attention": 1}, report
     calls = [n for n in report.graphs[0].after.graph.nodes if n.op not in ("placeholder", "output")]
     assert len(calls) == 1, "the mask is still computed"
+    assert calls[0].kwargs.get("is_causal", False) == (mask in CAUSAL)
     assert_same(attend(mask), inputs)
 
 
@@ -163,6 +185,11 @@ def assert_same(function, inputs, tolerance=1e-6):
 
 
 # ---- what says something else -------------------------------------------------------------------------------------
+
+
+def all_but_one(n):
+    i = torch.arange(n)
+    return (i != n - 1)[None].expand(n, n)
 
 
 def beside_the_diagonal(n):
@@ -224,8 +251,8 @@ def changed_in_place(n):
 
 
 NOT_CAUSAL = [
-    beside_the_diagonal, one_step_ahead, the_other_way, window_one_too_short, two_chunks, prefix, strided_positions,
-    not_so_low, raised, other_diagonal_for_odd_rows, rounded_positions, changed_in_place,
+    all_but_one, beside_the_diagonal, one_step_ahead, the_other_way, window_one_too_short, two_chunks, prefix,
+    strided_positions, not_so_low, raised, other_diagonal_for_odd_rows, rounded_positions, changed_in_place,
 ]  # fmt: skip
 
 
@@ -524,10 +551,11 @@ REPEATS = [by_expand, by_expand_and_flatten, by_repeat_interleave, by_function]
 
 
 @pytest.mark.parametrize("repeat", REPEATS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("kind", ["mask", "is_causal", "none"])
+@pytest.mark.parametrize("kind", ["mask", "mask of ones", "is_causal", "none"])
 def test_groups(repeat, kind):
     def function(q, k, v):
-        mask = tril_of_ones(q.shape[-2]) if kind == "mask" else None
+        made = {"mask": tril_of_ones, "mask of ones": ones}.get(kind)
+        mask = made and made(q.shape[-2])
         k, v = repeat(k, 2), repeat(v, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=kind == "is_causal")
 
@@ -535,7 +563,7 @@ def test_groups(repeat, kind):
     report = report_of(function, *inputs)
     assert report.counts == {"attention": 1}, report
     (call,) = [n for n in report.graphs[0].after.graph.nodes if n.op not in ("placeholder", "output")]
-    assert call.kwargs["enable_gqa"] and call.kwargs["is_causal"] == (kind != "none")
+    assert call.kwargs["enable_gqa"] and call.kwargs.get("is_causal", False) == (kind in ("mask", "is_causal"))
     assert_same(function, inputs)
 
 
