@@ -164,8 +164,9 @@ def main() -> None:
             row = {"mask": mask.__name__, "shape": shape, "rows": rows, "length": length, "rewrites": rewrites}
             found.append(row | measured(ways, mask, inputs))
             print(found[-1], flush=True)
+            path = common.save(f"attention-{kind}", found, arguments.out)  # what there is, if it does not end
     print(common.table(found))
-    print(common.save(f"attention-{kind}", found, arguments.out))
+    print(path)
 
 
 if __name__ == "__main__":
