@@ -94,6 +94,12 @@ def cases() -> dict[str, dict[str, Any]]:
             "operands": (tensor(TOKENS, width), tensor(TOKENS, width)),
             "bytes": (6 * TOKENS * width, 10 * TOKENS * width),
         }
+    made[f"SwiGLU, up in float32 {TOKENS} x 3072"] = {
+        "plain": lambda g, u: F.silu(g) * u,
+        "liger": None,
+        "operands": (tensor(TOKENS, 3072), tensor(TOKENS, 3072).detach().float().requires_grad_()),
+        "bytes": (10 * TOKENS * 3072, 16 * TOKENS * 3072),
+    }
     made[f"SwiGLU, packed {TOKENS} x {2 * 8192}"] = {
         "plain": lambda x: F.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],
         "liger": None,
@@ -260,6 +266,7 @@ def main() -> None:
                 row[f"{part}: {way} ms"] = time
         rows.append(row)
         print(row, flush=True)
+        path = common.save("ops", rows, arguments.out)  # what there is, if it does not end
     for part in ("forward", "forward + backward"):
         print(
             f"\n{part}\n\n"
@@ -270,7 +277,7 @@ def main() -> None:
                 ]
             )
         )
-    print(common.save("ops", rows, arguments.out))
+    print(path)
 
 
 if __name__ == "__main__":
