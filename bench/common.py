@@ -54,29 +54,33 @@ def with_caches(folder: str) -> dict[str, str]:
 def sweep(
     module: str,
     about: str,
-    check: Callable[[str], Any],
+    check: Callable[..., Any],
     known: Callable[[], list[str]],
     told: Callable[[dict[str, Any]], Any],
     timeout: int = 300,
+    situations: tuple[str, ...] = (),
 ) -> tuple[argparse.Namespace, list[dict[str, Any]]]:
     """The command line of a benchmark over model families, and the fields of what `check` finds of each, a dataclass:
     of those named, or of all that are known. Each has a process of its own, and what is `told` of it, or its failure,
-    is printed.
+    is printed. If there are `situations`, those that are chosen of them are passed to `check`.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="all of them by default")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--here", action="store_true", help="run in this process, print JSON")
+    if situations:
+        parser.add_argument("--situations", nargs="+", default=situations, choices=situations, metavar="NAME")
     arguments = parser.parse_args()
     chosen = arguments.families or known()
+    passed = [tuple(arguments.situations)] if situations else []
     if arguments.here:
         for family in chosen:
-            print(json.dumps(dataclasses.asdict(check(family))), flush=True)
+            print(json.dumps(dataclasses.asdict(check(family, *passed))), flush=True)
         sys.exit()
 
     def one(family: str) -> dict[str, Any]:
-        found = _alone(module, family, timeout)
+        found = _alone(module, family, ["--situations", *passed[0]] if passed else [], timeout)
         print(family, found["failure"] or told(found), file=sys.stderr, flush=True)
         return found
 
@@ -84,13 +88,12 @@ def sweep(
         return arguments, list(pool.map(one, chosen))
 
 
-def _alone(module: str, family: str, timeout: int) -> dict[str, Any]:
+def _alone(module: str, family: str, options: list[str], timeout: int) -> dict[str, Any]:
     """What `module` finds of one family in a process of its own: a crash or a change of global state harms no other."""
-    command = [sys.executable, "-m", module, "--here", family]
     with tempfile.TemporaryFile("w+") as errors:
         try:
             result = subprocess.run(
-                command,
+                [sys.executable, "-m", module, "--here", family, *options],
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdout=subprocess.PIPE,
                 stderr=errors,

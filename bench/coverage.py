@@ -1,21 +1,23 @@
 """What is found, rewritten and left in every decoder family that transformers knows.
 
-    python -m bench.coverage [families...] [--out FOLDER]
+    python -m bench.coverage [families...] [--situations float32 ...] [--out FOLDER]
 
 Each family is made tiny, with random weights, and runs one training step with labels: in eager, and with its Dynamo
 graphs rewritten; in float32, and again in other `SITUATIONS`. Sites are counted in the ATen graphs before and after the
 rewrite, by what is left of the maths there (`SITES`), with no help from the matcher. The whole sweep also writes
-docs/coverage.md.
+docs/coverage.md. One of float32 alone is kept by the version of transformers, for what is otherwise with another.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -286,9 +288,9 @@ def families() -> list[str]:
     def is_text(family: str) -> bool:
         try:
             config = CONFIG_MAPPING[family]()
+            return config.get_text_config() is config
         except Exception:
             return True
-        return config.get_text_config() is config
 
     return [family for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if is_text(family)]
 
@@ -325,6 +327,11 @@ class Coverage:
     runs: dict[str, Run] = field(default_factory=dict)
     failure: str = ""
     """Why there are no runs."""
+
+
+def coverage(found: dict[str, Any]) -> Coverage:
+    """From JSON."""
+    return Coverage(found["family"], {k: Run(**r) for k, r in found.get("runs", {}).items()}, found["failure"])
 
 
 def cover(family: str, situations: tuple[str, ...] = SITUATIONS) -> Coverage:
@@ -501,17 +508,20 @@ def main() -> None:
     def told(found: dict[str, Any]) -> Any:
         return {situation: run["failure"] or run["left"] for situation, run in found["runs"].items()}
 
-    arguments, found = common.sweep("bench.coverage", __doc__, cover, families, told)
-    results = [Coverage(f["family"], {k: Run(**r) for k, r in f.get("runs", {}).items()}, f["failure"]) for f in found]
+    arguments, found = common.sweep("bench.coverage", __doc__, cover, families, told, situations=SITUATIONS)
+    results = [coverage(f) for f in found]
     print(common.table(list(rows(results))))
     if different := list(others(results)):
         print(common.table(different))
-    for situation in SITUATIONS:
+    for situation in arguments.situations:
         print(situation, "rewritten / found:", totals(runs_in(situation, results)))
-    if not arguments.families:
-        path = common.save("coverage", [asdict(r) for r in results], arguments.out)
-        TABLE.write_text(page(results))
-        print(path, TABLE)
+    if arguments.families:
+        return
+    whole = tuple(arguments.situations) == SITUATIONS
+    name = "coverage" if whole else f"coverage-transformers-{version('transformers')}"
+    print(common.save(name, [asdict(r) for r in results], arguments.out))
+    if arguments.out is None:
+        write_page()
 
 
 PAGE = """# Coverage
@@ -537,20 +547,56 @@ not rewritten do. That is the largest of all parameters in a single run, which s
 
 {others}
 
+## With other versions of transformers
+
+`python -m bench.coverage --situations float32` where these are installed, and the families that have more sites left
+than with {transformers}, or that it does not know and that have some left:
+
+{versions}
+
+{differences}
+
 ## In float32
 
 {table}
 """
 
 
-def page(results: list[Coverage]) -> str:
+def versions(results: list[Coverage]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(totals of each other version that was swept, families that differ)."""
+    known = {r.family: r.runs.get("float32", Run()).left for r in results}
+    rows, differences = [], []
+    for path in sorted(common.RESULTS.glob("coverage-transformers-*.json")):
+        found = json.loads(path.read_text())
+        name = found["environment"]["transformers"]
+        swept = [coverage(f) for f in found["results"]]
+        runs = runs_in("float32", swept)
+        rows.append({"transformers": name, "families": f"{len(runs)} of {len(swept)}", **totals(runs)})
+        for r in swept:
+            run = r.runs.get("float32", Run())
+            more = any(n > known.get(r.family, {}).get(k, 0) for k, n in run.left.items() if k != "mask")
+            if more or (r.failure and r.family in known):
+                differences.append({"family": r.family, "transformers": name, **cells(run), "": r.failure})
+    return rows, differences
+
+
+def write_page() -> None:
+    """From the JSON of the sweeps."""
+    found = json.loads((common.RESULTS / "coverage.json").read_text())
+    TABLE.write_text(page([coverage(f) for f in found["results"]], found["environment"]))
+
+
+def page(results: list[Coverage], environment: dict[str, Any]) -> str:
+    other_versions, differences = versions(results)
     in_all = [{"": s, "families": len(runs_in(s, results)), **totals(runs_in(s, results))} for s in SITUATIONS]
     return PAGE.format(
-        **common.environment(),
+        **environment,
         ran=sum(not r.failure for r in results),
         known=len(results),
         totals=common.table(in_all),
         others=common.table(list(others(results))),
+        versions=common.table(other_versions),
+        differences=common.table(differences) if differences else "None.",
         table=common.table(list(rows(results))),
     )
 
