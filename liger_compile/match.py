@@ -264,12 +264,21 @@ class Matcher:
         if not self.tolerance:
             return
         related = isinstance(p, Term) and isinstance(t, Term) and _related(p, t)
-        reason = reason or f"has {describe(t, 2)} where the pattern has {describe(p, 2)}"
+        reason = reason or f"has {describe(t, 2)} where the pattern has {describe(p, 2)}{self._made_outside(t)}"
         if any(d.reason == reason for d in state.differences):
             yield state
         elif len(state.differences) < self.tolerance:
             noted = _Difference(p, t, inside, reason, related)
             yield dataclasses.replace(state, differences=(*state.differences, noted))
+
+    def _made_outside(self, t: Any) -> str:
+        """Said of what a pattern would compute and a graph is given, most often since a graph break is in between."""
+        while isinstance(t, Term) and t.op in ("reshape", "cast", "slice", "permute"):
+            t = t.args[0]
+        node = next(iter(self.view.carriers.get(t, ())), None) if isinstance(t, Term) else None
+        if node is None or node.op != "placeholder" or isinstance(value_of(node), torch.nn.Parameter):
+            return ""
+        return f"; {describe(t)} is an input of this graph, computed outside of it"
 
     def _unify(self, p: Any, t: Any, state: _State, inside: Term, context: torch.dtype | None) -> Iterator[_State]:
         """Every way to extend `state` so that the graph's `t` is the pattern's `p`.

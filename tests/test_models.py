@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 from models import FAMILIES, SITES, assert_same_step, batch, build, gradients, step
 
 import liger_compile
+from bench import coverage
 
 SPELLED_OUT = re.compile(r"rsqrt\(|silu\(|gelu\(|cross_entropy\(|torch\.cat\(\(neg")
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -106,6 +107,18 @@ def test_dynamic_from_the_start(family):
     compiled = torch.compile(model, backend=rewritten(reports), dynamic=True)
     assert_same_step(model, compiled, batch(2, 32))
     assert reports[0].counts == SITES[family], reports[0]
+
+
+def test_a_warning_of_transformers_between_head_and_loss():
+    """On which Dynamo breaks the graph; naming the loss keeps it whole."""
+    model, reports = coverage.tiny("gpt2"), []
+    assert_same_step(model, torch.compile(model, backend=rewritten(reports)), batch())
+    assert len(reports) == 2 and "is an input of this graph" in misses(reports[1])[-1].reason, reports[1]
+    model.loss_type = "ForCausalLM"
+    reports.clear()
+    torch._dynamo.reset()
+    assert_same_step(model, torch.compile(model, backend=rewritten(reports)), batch())
+    assert len(reports) == 1 and reports[0].counts["linear_cross_entropy"] == 1, reports[0]
 
 
 def test_frozen_backbone_and_frozen_head():
