@@ -176,6 +176,8 @@ def save(name: str, results: Any, folder: Path | None = None) -> Path:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table."""
+    if not rows:
+        return "None."
     names = list(rows[0])
     cells = [names, *[[_cell(r[n]) for n in names] for r in rows]]
     widths = [max(len(c[i]) for c in cells) for i in range(len(names))]

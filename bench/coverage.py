@@ -596,7 +596,7 @@ def page(results: list[Coverage], environment: dict[str, Any]) -> str:
         totals=common.table(in_all),
         others=common.table(list(others(results))),
         versions=common.table(other_versions),
-        differences=common.table(differences) if differences else "None.",
+        differences=common.table(differences),
         table=common.table(list(rows(results))),
     )
 
