@@ -92,7 +92,7 @@ class _Reader:
         if term in self.view.given:
             caller, passed = self.view.given[term]
             return _Reader(caller).element(passed, at)
-        rule = _RULES.get(term.args[0] if term.op == "call" else term.op)
+        rule = _CALLS.get(term.args[0]) if term.op == "call" else _OPERATIONS.get(term.op)
         try:
             if rule is None:
                 raise Unread(f"is {term!r}")
@@ -116,16 +116,26 @@ class _Reader:
 
 
 Rule = Callable[..., Value]
-_RULES: dict[str, Rule] = {}
+_OPERATIONS: dict[str, Rule] = {}
+"""Of canonical terms, by what they are called in `rules.py`."""
+_CALLS: dict[str, Rule] = {}
+"""Of other calls, by torch's name. `x.repeat(1, 2)` is one, and is not what a canonical `repeat` is."""
 
 
-def _rule(*names: str) -> Callable[[Rule], Rule]:
+def _into(table: dict[str, Rule], names: tuple[str, ...]) -> Callable[[Rule], Rule]:
     def add(function: Rule) -> Rule:
-        for name in names:
-            _RULES[name] = function
+        table.update(dict.fromkeys(names, function))
         return function
 
     return add
+
+
+def _operation(*names: str) -> Callable[[Rule], Rule]:
+    return _into(_OPERATIONS, names)
+
+
+def _rule(*names: str) -> Callable[[Rule], Rule]:
+    return _into(_CALLS, names)
 
 
 # ---- making tensors -----------------------------------------------------------------------------------------------
@@ -176,7 +186,7 @@ def _constant(term: Term, value: Any) -> Value:
 # ---- moving elements ----------------------------------------------------------------------------------------------
 
 
-@_rule("cast")
+@_operation("cast")
 def _cast(r: _Reader, term: Term, at: Index, x: Term, dtype: Any) -> Value:
     value = r.element(x, at)
     if dtype is torch.bool:
@@ -199,32 +209,47 @@ def _cast(r: _Reader, term: Term, at: Index, x: Term, dtype: Any) -> Value:
     return mapped(rounded, number(value))
 
 
-@_rule("slice")
+@_operation("slice")
 def _slice(r: _Reader, term: Term, at: Index, x: Term, dim: int, lo: Any, hi: Any, step: int) -> Value:
     moved = list(at)
     moved[dim] = plus(extent_of(lo), scaled(at[dim], step))
     return r.element(x, tuple(moved))
 
 
-@_rule("select")
+@_operation("select")
 def _select(r: _Reader, term: Term, at: Index, x: Term, dim: int, where: Any) -> Value:
     place = len(x.shape) + dim
     return r.element(x, (*at[:place], extent_of(where), *at[place:]))
 
 
-@_rule("expand")
+@_operation("expand")
 def _expand(r: _Reader, term: Term, at: Index, x: Term, shape: Any) -> Value:
     return r.operand(x, at)
 
 
-@_rule("repeat")
+@_operation("repeat")
 def _repeat(r: _Reader, term: Term, at: Index, x: Term, dim: int, n: int) -> Value:
     moved = list(at)
     moved[dim] = quotient(at[dim], n)
     return r.element(x, tuple(moved))
 
 
-@_rule("permute")
+@_rule("repeat")
+def _tiled(r: _Reader, term: Term, at: Index, x: Term, *_: Any) -> Value:
+    """x.repeat(...): all of it again and again."""
+    extents = term.shape[len(at) - len(x.shape) :]
+    behind = at[len(at) - len(x.shape) :]
+    moved = [i if same(n, m) else _modulo(i, n) for i, n, m in zip(behind, x.shape, extents, strict=True)]
+    return r.element(x, tuple(moved))
+
+
+def _modulo(i: Linear, n: Any) -> Linear:
+    if not isinstance(n, int):
+        raise Unread("is repeated by sizes that only the compiler knows")
+    return remainder(i, n)
+
+
+@_operation("permute")
 def _permute(r: _Reader, term: Term, at: Index, x: Term, order: tuple[int, ...]) -> Value:
     moved = list(at)
     for to, source in zip(range(-len(order), 0), order, strict=True):
@@ -232,7 +257,7 @@ def _permute(r: _Reader, term: Term, at: Index, x: Term, order: tuple[int, ...])
     return r.element(x, tuple(moved))
 
 
-@_rule("reshape")
+@_operation("reshape")
 def _reshape(r: _Reader, term: Term, at: Index, x: Term, shape: Any) -> Value:
     return r.element(x, _unshaped(x.shape, term.shape, at))
 
@@ -271,7 +296,7 @@ def _regroup(before: Any, after: Any, at: Index, old: list[int], new: list[int],
         offset = quotient(offset, before[d])
 
 
-@_rule("cat")
+@_operation("cat")
 def _cat(r: _Reader, term: Term, at: Index, parts: tuple[Term, ...], dim: int) -> Value:
     return _joined(r, parts, dim, at)
 
@@ -343,10 +368,10 @@ def _overflowing(dtype: torch.dtype) -> Callable[[Value], Value]:
     return lambda v: float(torch.tensor(v, dtype=torch.float64).to(dtype)) if isinstance(v, float) else v
 
 
-for _name in ("add", "sub", "mul", "mod"):
-    _RULES[_name] = _arithmetic_of(_name)
-_RULES["remainder"] = _RULES["mod"]
-_RULES["floordiv"] = _RULES["floor_divide"] = _arithmetic_of("floordiv")
+for _name in ("add", "sub", "mul"):
+    _OPERATIONS[_name] = _CALLS[_name] = _arithmetic_of(_name)
+_rule("mod", "remainder")(_arithmetic_of("mod"))
+_rule("floordiv", "floor_divide")(_arithmetic_of("floordiv"))
 for _names in (
     ("eq",),
     ("ne", "not_equal"),
@@ -376,7 +401,7 @@ _rule("invert", "bitwise_not", "logical_not", "not_")(_logical(negation))
 _rule("xor", "bitwise_xor", "logical_xor")(_logical(lambda a, b: negation(compared("eq", a, b))))
 
 
-@_rule("neg")
+@_operation("neg")
 def _neg(r: _Reader, term: Term, at: Index, x: Term) -> Value:
     return arithmetic("sub", linear(0), r.element(x, at))
 

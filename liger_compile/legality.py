@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,6 +14,8 @@ from . import _torch
 from .graph_terms import inputs_of, value_of
 from .match import Match
 from .terms import Term
+
+log = logging.getLogger("liger_compile")
 
 _FREE = {"cast", "slice", "select", "reshape", "permute", "expand", "repeat"}
 """Views and casts: when something else reads them too, the graph keeps them, and nothing is computed twice."""
@@ -113,12 +117,21 @@ def check(site: Site, defer: bool) -> Site:
     _check_order(site)
     returned = _check_other_users(site, defer and site.match.pattern.on_demand)
     if site.match.pattern.check is not None:
-        found = site.match.pattern.check(site.match)
+        found = _asked(site.match)
         if isinstance(found, str):
             raise Illegal(found, site.outputs[0])
         site = dataclasses.replace(site, match=site.match.with_operands(found or {}))
     _check_mutation(site)
     return dataclasses.replace(site, deferred=returned)
+
+
+def _asked(match: Match) -> Any:
+    """What the pattern's own check says. One that fails costs its match and no other."""
+    try:
+        return match.pattern.check(match)
+    except Exception as error:
+        log.debug("the check of %s failed", match.pattern.name, exc_info=True)
+        raise Illegal(f"its check failed: {type(error).__name__}: {error}") from error
 
 
 def _check_operands(site: Site) -> None:

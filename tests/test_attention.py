@@ -115,6 +115,11 @@ def counted_by_cumsum(n):
     return i[:, None] >= i
 
 
+def repeated_rows(n):
+    i = torch.arange(n)
+    return i[:, None].repeat(1, n) >= i[None].repeat(2 * n, 1)[n:]
+
+
 def one_document(n):
     """How transformers finds packed documents in position ids; here there is one."""
     ids = torch.arange(n)[None].expand(2, -1)
@@ -138,8 +143,8 @@ def one_chunk(n):
 CAUSAL = [
     tril_of_ones, tril_made_bool, tril_compared, not_triu, rows_against_columns, columns_against_rows,
     strictly_below_the_next, difference, not_greater, transposed, expanded, cut_from_a_larger_one, additive_triu,
-    additive_where, additive_fill, additive_product, counted_by_cumsum, one_document, window_as_long_as_the_sequence,
-    one_chunk,
+    additive_where, additive_fill, additive_product, counted_by_cumsum, repeated_rows, one_document,
+    window_as_long_as_the_sequence, one_chunk,
 ]  # fmt: skip
 
 
@@ -241,6 +246,11 @@ def other_diagonal_for_odd_rows(n):
     return i[:, None] - i[:, None] % 2 >= i - i % 2
 
 
+def repeated_along(n):
+    i = torch.arange(n // 2)[None].repeat(1, 2)  # 0, 1, .., 0, 1, .., and not 0, 0, 1, 1, ..
+    return torch.arange(n)[:, None] >= i
+
+
 def rounded_positions(n):
     i = torch.arange(n).to(torch.bfloat16)
     return i[:, None] >= i
@@ -254,7 +264,8 @@ def changed_in_place(n):
 
 NOT_CAUSAL = [
     all_but_one, beside_the_diagonal, one_step_ahead, the_other_way, window_one_too_short, two_chunks, prefix,
-    strided_positions, not_so_low, raised, other_diagonal_for_odd_rows, rounded_positions, changed_in_place,
+    strided_positions, repeated_along, not_so_low, raised, other_diagonal_for_odd_rows, rounded_positions,
+    changed_in_place,
 ]  # fmt: skip
 
 

@@ -555,6 +555,17 @@ def test_a_narrower_pattern_where_the_widest_is_refused():
     assert [m.reason for m in report.misses if m.pattern == "wide"] in ([], ["not this one"])
 
 
+def test_a_check_that_fails():
+    """Its match is left, with the error for a reason; others are made."""
+    broken = make_pattern(lambda x: x.cosh(), lambda x: x.clone(), lambda match: match.shape("y"), name="broken")
+    report = rewrite(
+        capture(lambda x: (x.cosh(), x.sin().exp()), torch.randn(3)),
+        Options(enable=("broken", "narrow"), patterns=(broken, mine("narrow", narrow))),
+    )
+    assert report.counts == {"narrow": 1}
+    assert [m.reason for m in report.misses] == ["its check failed: KeyError: 'y'"]
+
+
 def test_overlapping_matches_are_not_both_taken():
     """x.sin().exp() and exp().cos() share the exponential."""
     first, second = mine("first", narrow), mine("second", lambda x: x.exp().cos())
