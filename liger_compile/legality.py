@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -130,8 +131,15 @@ def _asked(match: Match) -> Any:
     try:
         return match.pattern.check(match)
     except Exception as error:
-        log.debug("the check of %s failed", match.pattern.name, exc_info=True)
-        raise Illegal(f"its check failed: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {error}"
+        _warn(f"the check of {match.pattern.name} failed, so that what it matches is left: {reason}")
+        raise Illegal(f"its check failed: {reason}") from error
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Once for each reason."""
+    log.warning(message)
 
 
 def _check_operands(site: Site) -> None:

@@ -183,20 +183,24 @@ def repeated(query, key, value):
     return key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
 
 
-def examples(make, rows):
+def examples(make, rows, mask=torch.tril):
     for heads, groups in ((4, 4), (4, 2)):
         yield {
             "query": make(2, heads, rows, 16),
             "key": make(2, groups, rows, 16),
             "value": make(2, groups, rows, 16),
-            "attn_mask": torch.ones(rows, rows, dtype=torch.bool, device=make.device).tril(),
+            "attn_mask": mask(torch.ones(rows, rows, dtype=torch.bool, device=make.device)),
             "dropout_p": 0.0,
             "scale": 0.3,
             "is_causal": True,
         }
 
 
-def attention_pattern(check, replace, effect, **fixed):
+def examples_unmasked(make, rows):
+    return examples(make, rows, mask=torch.clone)
+
+
+def attention_pattern(check, replace, effect, examples=examples, **fixed):
     return pattern(partial(replace, **fixed), check=check, name="attention", examples=examples, effect=effect)
 
 
@@ -238,12 +242,14 @@ def masked_groups(query, key, value, attn_mask: torch.Tensor, dropout_p, scale):
     return attention(query, *repeated(query, key, value), attn_mask, dropout_p, scale=scale)
 
 
-@attention_pattern(check_everything, attention, spares_mask, attn_mask=None)
+@attention_pattern(check_everything, attention, spares_mask, examples_unmasked, attn_mask=None)
 def unmasked(query, key, value, attn_mask: torch.Tensor, dropout_p, scale):
     return attention(query, key, value, attn_mask, dropout_p, scale=scale)
 
 
-@attention_pattern(check_everything_groups, attention, spares_mask_and_copies, attn_mask=None, enable_gqa=True)
+@attention_pattern(
+    check_everything_groups, attention, spares_mask_and_copies, examples_unmasked, attn_mask=None, enable_gqa=True
+)
 def unmasked_groups(query, key, value, attn_mask: torch.Tensor, dropout_p, scale):
     return attention(query, *repeated(query, key, value), attn_mask, dropout_p, scale=scale)
 

@@ -413,7 +413,7 @@ def test_a_failing_check(configs, logged, registered):
         return layer(x.sin().exp(), w)
 
     assert_like_eager(torch.compile(function, backend="liger"), function, operands())
-    assert logged == ["rewriting failed, so the graph is compiled as it is: ZeroDivisionError: a bug in a check"]
+    assert logged == ["the check of sine failed, so that what it matches is left: ZeroDivisionError: a bug in a check"]
 
 
 def test_a_failing_replacement(configs, logged):
