@@ -549,8 +549,8 @@ not rewritten do. That is the largest of all parameters in a single run, which s
 
 ## With other versions of transformers
 
-`python -m bench.coverage --situations float32` where these are installed, and the families that have more sites left
-than with {transformers}, or that it does not know and that have some left:
+`python -m bench.coverage --situations float32` where these are installed, and the families that have sites left, or
+fail, where they do not with {transformers}; of those that it does not know, all such:
 
 {versions}
 
@@ -564,7 +564,7 @@ than with {transformers}, or that it does not know and that have some left:
 
 def versions(results: list[Coverage]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(totals of each other version that was swept, families that differ)."""
-    known = {r.family: r.runs.get("float32", Run()).left for r in results}
+    known = {r.family: r for r in results}
     rows, differences = [], []
     for path in sorted(common.RESULTS.glob("coverage-transformers-*.json")):
         found = json.loads(path.read_text())
@@ -573,9 +573,10 @@ def versions(results: list[Coverage]) -> tuple[list[dict[str, Any]], list[dict[s
         runs = runs_in("float32", swept)
         rows.append({"transformers": name, "families": f"{len(runs)} of {len(swept)}", **totals(runs)})
         for r in swept:
-            run = r.runs.get("float32", Run())
-            more = any(n > known.get(r.family, {}).get(k, 0) for k, n in run.left.items() if k != "mask")
-            if more or (r.failure and r.family in known):
+            run, here = r.runs.get("float32", Run()), known.get(r.family, Coverage(r.family))
+            left = here.runs.get("float32", Run()).left
+            more = any(n > left.get(k, 0) for k, n in run.left.items() if k != "mask")
+            if more or (r.failure and not here.failure):
                 differences.append({"family": r.family, "transformers": name, **cells(run), "": r.failure})
     return rows, differences
 

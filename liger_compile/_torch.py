@@ -6,8 +6,6 @@ import contextlib
 import copy
 import functools
 import hashlib
-import logging
-import math
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import torch
 
-log = logging.getLogger("liger_compile")
+from .log import log
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -118,13 +116,6 @@ def constant(value: Any) -> int | None:
 def size_hint(value: Any) -> int | None:
     """The size a graph was captured with, without adding a guard; None if it hangs on data. Checked on 2.11, 2.13."""
     return value if isinstance(value, int) else value.node.hint
-
-
-def bytes_hint(tensor: torch.Tensor) -> int:
-    """The bytes of a tensor's elements, of the sizes that its graph was captured with; sizes that hang on data count as
-    one.
-    """
-    return tensor.itemsize * math.prod(size_hint(n) or 1 for n in tensor.shape)
 
 
 def size_terms(value: Any) -> tuple[dict[str, int], int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,11 +12,10 @@ from torch import fx
 
 from . import _torch, debug, fuse, lazy
 from .graph_terms import value_of
+from .log import log, warn_once
 from .options import Options, split_options
 from .report import Report
 from .rewrite import rewrite
-
-log = logging.getLogger("liger_compile")
 
 
 def liger(
@@ -51,7 +50,7 @@ def liger(
     except Exception as error:
         if _torch.is_restart(error):
             raise
-        _warn(f"the rewritten graph does not compile, so the original is used: {type(error).__name__}: {error}")
+        warn_once(f"the rewritten graph does not compile, so the original is used: {type(error).__name__}: {error}")
         return _torch.compile_fx(gm, example_inputs, config)
 
 
@@ -74,12 +73,17 @@ def _with_fusions(config: dict[str, Any]) -> dict[str, Any]:
     """Inductor's options, with fusions of our ops with their neighbours."""
     fusing = _torch.graph_pass(config, _fuse)
     if fusing is None:
-        _warn("post_grad_custom_pre_pass is set, so that ops are not fused with their neighbours")
+        warn_once("post_grad_custom_pre_pass is set, so that ops are not fused with their neighbours")
     return fusing or config
 
 
 LARGE = 16 * 2**20
 """Bytes that take a GPU longer to write than its host to allocate."""
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """Of the sizes that the graph was captured with; one that hangs on data counts as 1."""
+    return tensor.itemsize * math.prod(_torch.size_hint(n) or 1 for n in tensor.shape)
 
 
 def _freeing(config: dict[str, Any], gm: fx.GraphModule) -> dict[str, Any]:
@@ -91,7 +95,7 @@ def _freeing(config: dict[str, Any], gm: fx.GraphModule) -> dict[str, Any]:
     few tokens, which the host keeps waiting, that is what to do.
     """
     made = (value_of(n) for n in _nodes(gm) if n.op.startswith("call"))
-    large = any(isinstance(v, torch.Tensor) and v.is_cuda and _torch.bytes_hint(v) >= LARGE for v in made)
+    large = any(isinstance(v, torch.Tensor) and v.is_cuda and _bytes(v) >= LARGE for v in made)
     return {"allow_buffer_reuse": False, **config} if large else config
 
 
@@ -99,7 +103,7 @@ def _fuse(graph: fx.Graph) -> None:
     try:
         made = fuse.fuse(graph)
     except Exception as error:
-        _warn(f"fusing ops with their neighbours failed: {type(error).__name__}: {error}")
+        warn_once(f"fusing ops with their neighbours failed: {type(error).__name__}: {error}")
         return
     if made:
         text = ", ".join(f"{count} x {name}" for name, count in made.items())
@@ -125,7 +129,7 @@ def _rewritten(gm: fx.GraphModule, options: Options) -> Report | None:
     try:
         report = rewrite(gm, options)
     except Exception as error:
-        _warn(f"rewriting failed, so the graph is compiled as it is: {type(error).__name__}: {error}")
+        warn_once(f"rewriting failed, so the graph is compiled as it is: {type(error).__name__}: {error}")
         log.debug("rewriting failed", exc_info=True)
         return None
     log.info("%s", report)
@@ -135,15 +139,5 @@ def _rewritten(gm: fx.GraphModule, options: Options) -> Report | None:
         if options.debug:
             debug.write(report, options.debug)
     except Exception as error:  # what cannot be told is no reason not to compile
-        _warn(f"the report was not written: {type(error).__name__}: {error}")
+        warn_once(f"the report was not written: {type(error).__name__}: {error}")
     return report
-
-
-_warned: set[str] = set()
-
-
-def _warn(message: str) -> None:
-    """Once for each reason, however many graphs it concerns."""
-    if message not in _warned:
-        _warned.add(message)
-        log.warning(message)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +11,9 @@ from torch import fx
 
 from . import _torch
 from .graph_terms import inputs_of, value_of
+from .log import warn_once
 from .match import Match
 from .terms import Term
-
-log = logging.getLogger("liger_compile")
 
 _FREE = {"cast", "slice", "select", "reshape", "permute", "expand", "repeat"}
 """Views and casts: when something else reads them too, the graph keeps them, and nothing is computed twice."""
@@ -132,14 +129,8 @@ def _asked(match: Match) -> Any:
         return match.pattern.check(match)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        _warn(f"the check of {match.pattern.name} failed, so that what it matches is left: {reason}")
+        warn_once(f"the check of {match.pattern.name} failed, so that what it matches is left: {reason}")
         raise Illegal(f"its check failed: {reason}") from error
-
-
-@functools.cache
-def _warn(message: str) -> None:
-    """Once for each reason."""
-    log.warning(message)
 
 
 def _check_operands(site: Site) -> None:

@@ -7,7 +7,6 @@ import difflib
 import functools
 import importlib
 import inspect
-import logging
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -17,10 +16,9 @@ import torch
 
 from . import trial
 from .emit import parameters_of
+from .log import log
 from .pattern import Check, Effect, Examples, Pattern, target_of, where
 from .terms import PatternError
-
-log = logging.getLogger("liger_compile")
 
 BUILTIN = "liger_compile.patterns"
 """The package of the patterns that are shipped; also the group of entry points by which others ship theirs."""

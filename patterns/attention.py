@@ -159,18 +159,19 @@ def _unfit(match: Match, seen: Bool) -> str | None:
         return "FlexAttention trains on CUDA alone"
     if query.element_size() != 2 or not _has_flash(query.device):
         return f"FlexAttention is not fast with {query.dtype} on this device"
-    widths = [match.shape(name)[-1] for name in ("query", "key", "value")]
+    shapes = [match.shape(name) for name in ("query", "key", "value")]
+    widths = [shape[-1] for shape in shapes]
     if not all(isinstance(w, int) and 16 <= w <= 256 for w in widths):
         return f"FlexAttention is not fast with heads of {widths} elements"
-    if any(len(match.shape(name)) != 4 for name in ("query", "key", "value")):
+    if any(len(shape) != 4 for shape in shapes):
         return "FlexAttention takes tensors of four dimensions"
-    lengths = [size_hint(match.shape(name)[-2]) for name in ("query", "key")]
-    if None in lengths or not all(isinstance(match.shape(name)[-3], int) for name in ("query", "key")):
+    query_and_key = shapes[:2]
+    lengths = [size_hint(shape[-2]) for shape in query_and_key]
+    if None in lengths or not all(isinstance(shape[-3], int) for shape in query_and_key):
         return "FlexAttention was not tried with a length that hangs on data, or heads whose number is not known"
     if match.options.select == "always":
         return None
-    known = all(isinstance(match.shape(name)[-2], int) for name in ("query", "key"))
-    fewest = FEWEST if known else FEWEST_UNKNOWN
+    fewest = FEWEST if all(isinstance(shape[-2], int) for shape in query_and_key) else FEWEST_UNKNOWN
     if min(lengths) < fewest:
         return f"FlexAttention was measured to be faster with many queries and keys; here are fewer than {fewest}"
     if _causal(match) not in (seen.of if isinstance(seen, All) else (seen,)):

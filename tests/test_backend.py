@@ -110,7 +110,7 @@ def logged(monkeypatch):
         def emit(self, record):
             messages.append(record.getMessage())
 
-    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setattr("liger_compile.log._warned", set())
     handler = Handler(logging.WARNING)
     backend.log.addHandler(handler)
     yield messages

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.glu import halves
+from ..ops.glu import empty_product, halves
 from .launch import launch
 from .layout import collapse
 
@@ -244,7 +244,7 @@ def forward(
     alpha: float = 1.0,
     up_offset: float = 0.0,
 ) -> Tensor:
-    y = torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, up.dtype))
+    y = empty_product(gate, up)
     return _run_forward(gate, up, y, _how(activation, gate_scale, limit, alpha, up_offset))
 
 
@@ -260,7 +260,7 @@ def backward(
     again: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    y = torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, up.dtype)) if again else None
+    y = empty_product(gate, up) if again else None
     _run_backward(dy, gate, up, dgate, dup, y, _how(activation, gate_scale, limit, alpha, up_offset))
     return dgate, dup, gate.new_empty(0) if y is None else y
 

@@ -70,6 +70,11 @@ def _activation_and_slope(g: Tensor, activation: str, alpha: float) -> tuple[Ten
     return 0.5 * g * (1 + t), 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * k * (1 + 3 * 0.044715 * g * g)
 
 
+def empty_product(gate: Tensor, up: Tensor) -> Tensor:
+    """What y is written to."""
+    return torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, up.dtype))
+
+
 def _fake(
     gate: Tensor,
     up: Tensor,
@@ -80,7 +85,7 @@ def _fake(
     up_offset: float = 0.0,
 ) -> Tensor:
     _check(gate, up, activation, alpha, limit)
-    return torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, up.dtype))
+    return empty_product(gate, up)
 
 
 def _product(
