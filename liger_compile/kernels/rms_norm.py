@@ -78,6 +78,7 @@ def _rms_norm(
         r = tl.load(r_ptr + x_at, mask=mask, other=0.0)
         raw = (raw.to(tl.float32) + r.to(tl.float32)).to(raw.dtype)
         tl.store(h_ptr + x_at, raw, mask=mask)
+    scale = _scale(w_ptr, cols, n_cols, offset, ROUNDING, HAS_WEIGHT)  # before the sum, which loads do not pass
     x = raw.to(tl.float32)
     factor = tl.rsqrt(tl.sum(x * x, axis=1) / n_cols + tl.cast(eps, tl.float32))[:, None]
     if ROUNDING == FACTOR:
@@ -85,7 +86,7 @@ def _rms_norm(
     y = x * factor
     if ROUNDING != RESULT:
         y = y.to(raw.dtype).to(tl.float32)
-    y = (y * _scale(w_ptr, cols, n_cols, offset, ROUNDING, HAS_WEIGHT)).to(y_ptr.dtype.element_ty)
+    y = (y * scale).to(y_ptr.dtype.element_ty)
     y_at = _offsets(row, n1, n2, y0, y1, y2)[:, None] + cols[None, :]
     if ADD_AFTER:
         r = tl.load(r_ptr + y_at, mask=mask, other=0.0)
