@@ -80,7 +80,8 @@ def cases() -> dict[str, dict[str, Any]]:
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
 
     made: dict[str, dict[str, Any]] = {}
-    for rows, width in ((TOKENS, 4096), (TOKENS, 1024), (TOKENS * 16, 128), (2048, 16384)):
+    shapes = (TOKENS, 4096), (TOKENS, 1024), (TOKENS * 16, 128), (2048, 16384)
+    for rows, width in (*shapes, (TOKENS * 2, 576), (TOKENS, 2304), (TOKENS, 2880), (TOKENS, 5120)):
         made[f"RMSNorm {rows} x {width}"] = {
             "plain": norm,
             "liger": _liger("LigerRMSNormFunction", lambda f: lambda x, w: f.apply(x, w, 1e-6)),
@@ -163,7 +164,7 @@ def cases() -> dict[str, dict[str, Any]]:
             "operands": operands,
             "bytes": (4 * size, 6 * size),
         }
-    for rows, width in ((TOKENS, 4096), (TOKENS, 1024)):
+    for rows, width in ((TOKENS, 4096), (TOKENS, 1024), (TOKENS, 2304)):
         operands = tensor(rows, width), tensor(rows, width), tensor(width)
         made[f"residual + RMSNorm {rows} x {width}"] = {
             "plain": add_then_norm,

@@ -97,6 +97,7 @@ def small(dtype, *shape):
 def layouts(dtype):
     """Operands of a norm: odd widths, one row, a transposed view of heads, a slice with gaps."""
     yield small(dtype, 5, 96)
+    yield small(dtype, 3, 577)
     yield small(dtype, 1, 33)
     yield small(dtype, 2, 7, 3, 16).transpose(1, 2)
     yield small(dtype, 2, 3, 64)[..., :33]
@@ -138,8 +139,21 @@ def compare_with_residual(dtype, shape, rounding, offset, rows):
 @pytest.mark.parametrize("rounding, offset", [("normed", 0.0), ("result", 1.0), ("factor", 0.0)])
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_rms_norm_with_a_residual(dtype, rounding, offset):
-    for shape in ((5, 96), (2, 3, 33)):
+    for shape in ((5, 96), (2, 3, 33), (3, 577)):
         compare_with_residual(dtype, shape, rounding, offset, 1)
+
+
+def test_rms_norm_of_wide_rows():
+    """Two blocks, and a weight that is not kept."""
+    x, w, dy = small(torch.bfloat16, 3, 8205), small(torch.bfloat16, 8205), small(torch.bfloat16, 3, 8205)
+    compare(RMS, (x, w, 1e-6, 0.0, "normed"), scatter_rows=1)
+    compare(RMS_BACKWARD, (dy, x, w, 1e-6, 0.0, "normed", True), scatter_rows=1)
+
+
+@pytest.mark.parametrize("n_cols", [1, 2, 3, 33, 96, 512, 513, 577, 1024, 1536, 2304, 3072, 5120, 8192, 8205, 65536])
+def test_blocks_of_a_norm_hold_its_rows(n_cols):
+    cols, rest = import_module("liger_compile.kernels.rms_norm")._parts(n_cols)
+    assert n_cols <= cols + rest < 2 * n_cols and (rest == 0 or cols < n_cols)
 
 
 GATED_NORMS = {
@@ -479,7 +493,11 @@ def real(dtype, *shape):
 
 @gpu
 @pytest.mark.parametrize(
-    "rows, width", [(16384, 4096), (16384, 1024), (65536, 128), (2048, 16384), (4095, 5119), (300, 65536)]
+    "rows, width",
+    [
+        *((16384, 4096), (16384, 1024), (65536, 128), (2048, 16384), (4095, 5119), (300, 65536)),
+        *((32768, 576), (16384, 2304), (4096, 12288)),
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rms_norm_at_size(dtype, rows, width):
@@ -490,7 +508,9 @@ def test_rms_norm_at_size(dtype, rows, width):
 
 
 @gpu
-@pytest.mark.parametrize("rows, width", [(16384, 4096), (16384, 1024), (2048, 16384), (4095, 5119), (300, 65536)])
+@pytest.mark.parametrize(
+    "rows, width", [(16384, 4096), (16384, 1024), (2048, 16384), (4095, 5119), (300, 65536), (16384, 2304)]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rms_norm_with_a_residual_at_size(dtype, rows, width):
     for rounding, offset in (("normed", 0.0), ("result", 1.0)):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops.gated_rms_norm import out_dtype
 from .launch import launch
 from .layout import least, multiprocessors
-from .rms_norm import _add_pairs, _addressed, _blocks, _offsets, _total, _warps
+from .rms_norm import TILE, _addressed, _offsets, total
 
 
 @triton.jit
@@ -65,7 +65,8 @@ def _gated_forward(
     """y = norm(x) * weight * act(gate), or norm(x * act(gate)) * weight. Per element: x and gate read once, y written
     once; the row stays in registers in between.
 
-    Blocks are those of `rms_norm._forward`, for the same reasons; the second dimension of the grid is the group.
+    A tile is whole rows: one, or as many as make 2048 elements: vectors of 16 bytes for each of four warps, and
+    enough programs on a multiprocessor to hide latency. The second dimension of the grid is the group.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = tl.arange(0, BLOCK_COLS)
@@ -84,6 +85,11 @@ def _gated_forward(
         y *= activated
     y_at = y_ptr + _offsets(row, n1, n2, y0, y1, y2)[:, None] + cols[None, :]
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_pairs(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
 
 
 @triton.jit
@@ -179,6 +185,17 @@ def _how(x: Tensor, weight: Tensor, activation: str, gate_first: bool, rounding:
     }
 
 
+def _blocks(n_cols: int) -> tuple[int, int]:
+    """(BLOCK_ROWS, BLOCK_COLS) of a tile."""
+    block_cols = triton.next_power_of_2(n_cols)
+    return max(1, TILE // block_cols), block_cols
+
+
+def _warps(tile: int, most: int) -> int:
+    """16 elements a thread, from 4 warps to `most`."""
+    return min(max(tile // 512, 4), most)
+
+
 def forward(
     x: Tensor,
     gate: Tensor,
@@ -270,6 +287,4 @@ def backward(
             wanted.copy_(written)
     if not need_dweight:
         return dx, dgate, x.new_empty(0)
-    dweight = torch.empty_like(weight)
-    launch(_total, (triton.cdiv(width, 16),), partial, dweight, programs, width, BLOCK_ROWS=64, BLOCK_COLS=16)
-    return dx, dgate, dweight
+    return dx, dgate, *total([partial], [weight])

@@ -15,7 +15,7 @@ from ..ops.rope import empty, work_dtype
 from . import rms_norm, rope
 from .launch import launch
 from .layout import alike, least, multiprocessors
-from .rms_norm import FACTOR, RESULT, _scale, _total
+from .rms_norm import FACTOR, RESULT, _scale, total
 
 TILE = 2048
 """Elements of a half that a program has in hand: 32 heads of 128, in one go."""
@@ -512,11 +512,5 @@ def backward(
         num_warps=warps,
     )
     none = q.new_empty(0)
-    dweights = partial
-    if need_dweight:
-        dweights = [torch.empty_like(w) for _, _, w in given]
-        for sums, dweight in zip(partial, dweights, strict=True):
-            launch(
-                _total, (triton.cdiv(width, 16),), sums, dweight, programs * blocks, width, BLOCK_ROWS=64, BLOCK_COLS=16
-            )
+    dweights = total(partial, weights) if need_dweight else partial
     return *[*dxs, none][:2], *[*dweights, none][:2]

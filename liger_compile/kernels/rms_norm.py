@@ -37,6 +37,18 @@ def _scale(w_ptr, cols, n_cols, offset, ROUNDING: tl.constexpr, HAS_WEIGHT: tl.c
 
 
 @triton.jit
+def _load(ptr, at, within, cols, n_cols):
+    """Columns of rows that begin at `at`, [rows, cols]."""
+    return tl.load(ptr + at[:, None] + cols[None, :], mask=within[:, None] & (cols < n_cols)[None, :], other=0.0)
+
+
+@triton.jit
+def _store(ptr, at, within, cols, n_cols, value):
+    mask = within[:, None] & (cols < n_cols)[None, :]
+    tl.store(ptr + at[:, None] + cols[None, :], value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _rms_norm(
     x_ptr,
     r_ptr,
@@ -66,18 +78,18 @@ def _rms_norm(
     With a residual r: h = x + r is normalised, and written too; per element two reads and two writes. If ADD_AFTER, r
     is added to what would have been y: two reads, one write. r and h are of the layout of x and y.
 
-    A tile is BLOCK_ROWS whole rows: one for wide rows, and for narrow ones (64 to 256 per head) as many as make 2048
-    elements: vectors of 16 bytes for each of four warps, and enough programs on a multiprocessor to hide latency.
+    A tile is one row, and of up to 512 elements as many as make 2048: vectors of 16 bytes for each of four warps, and
+    enough programs on a multiprocessor to hide latency.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    within = row < n_rows
     cols = tl.arange(0, BLOCK_COLS)
-    mask = (row < n_rows)[:, None] & (cols < n_cols)[None, :]
-    x_at = _offsets(row, n1, n2, x0, x1, x2)[:, None] + cols[None, :]
-    raw = tl.load(x_ptr + x_at, mask=mask, other=0.0)
+    x_at = _offsets(row, n1, n2, x0, x1, x2)
+    raw = _load(x_ptr, x_at, within, cols, n_cols)
     if h_ptr is not None:
-        r = tl.load(r_ptr + x_at, mask=mask, other=0.0)
+        r = _load(r_ptr, x_at, within, cols, n_cols)
         raw = (raw.to(tl.float32) + r.to(tl.float32)).to(raw.dtype)
-        tl.store(h_ptr + x_at, raw, mask=mask)
+        _store(h_ptr, x_at, within, cols, n_cols, raw)
     scale = _scale(w_ptr, cols, n_cols, offset, ROUNDING, HAS_WEIGHT)  # before the sum, which loads do not pass
     x = raw.to(tl.float32)
     factor = tl.rsqrt(tl.sum(x * x, axis=1) / n_cols + tl.cast(eps, tl.float32))[:, None]
@@ -87,16 +99,50 @@ def _rms_norm(
     if ROUNDING != RESULT:
         y = y.to(raw.dtype).to(tl.float32)
     y = (y * scale).to(y_ptr.dtype.element_ty)
-    y_at = _offsets(row, n1, n2, y0, y1, y2)[:, None] + cols[None, :]
+    y_at = _offsets(row, n1, n2, y0, y1, y2)
     if ADD_AFTER:
-        r = tl.load(r_ptr + y_at, mask=mask, other=0.0)
-        y = (y.to(tl.float32) + r.to(tl.float32)).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + y_at, y, mask=mask)
+        y = y.to(tl.float32) + _load(r_ptr, y_at, within, cols, n_cols).to(tl.float32)
+    _store(y_ptr, y_at, within, cols, n_cols, y)
 
 
 @triton.jit
-def _add_pairs(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
+def _incoming(dy_ptr, dy2_ptr, dy3_ptr, at, within, cols, n_cols):
+    """The sum of one to three gradients, in float32."""
+    dy = _load(dy_ptr, at, within, cols, n_cols).to(tl.float32)
+    if dy2_ptr is not None:
+        dy += _load(dy2_ptr, at, within, cols, n_cols).to(tl.float32)
+    if dy3_ptr is not None:
+        dy += _load(dy3_ptr, at, within, cols, n_cols).to(tl.float32)
+    return dy
+
+
+@triton.jit
+def _sums(raw, dy, scale):
+    """Of x^2, and of x times the gradient of the normalised x."""
+    x = raw.to(tl.float32)
+    return tl.sum(x * x, axis=1), tl.sum(dy * scale * x, axis=1)
+
+
+@triton.jit
+def _gradient(dx_ptr, dr_ptr, y_ptr, at, within, cols, n_cols, raw, dy, scale, factor, mean, ROUNDING: tl.constexpr):
+    """Writes dx, and y if it is made again; returns the rows' shares of dweight."""
+    x = raw.to(tl.float32)
+    normed = x * factor
+    dx = factor * (dy * scale - normed * mean)
+    if dr_ptr is not None:
+        dx += _load(dr_ptr, at, within, cols, n_cols).to(tl.float32)
+    _store(dx_ptr, at, within, cols, n_cols, dx)
+    if ROUNDING != RESULT:
+        rounded = normed.to(raw.dtype).to(tl.float32)
+    else:
+        rounded = normed
+    if y_ptr is not None:
+        if ROUNDING == FACTOR:
+            y = (x * factor.to(raw.dtype).to(tl.float32)).to(raw.dtype).to(tl.float32)
+        else:
+            y = rounded
+        _store(y_ptr, at, within, cols, n_cols, y * scale)
+    return dy * rounded
 
 
 @triton.jit
@@ -130,6 +176,8 @@ def _rms_norm_backward(
     NEED_DWEIGHT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dx, and this program's share of dweight [programs, n_cols] in float32.
@@ -138,6 +186,7 @@ def _rms_norm_backward(
     bytes. Programs stay resident and walk over tiles, so dweight is summed in registers, in a fixed order, and only
     n_cols floats a program reach memory. As few programs as that are kept busy by loading tiles ahead (STAGES), and by
     reducing a row once: with r = 1 / rms, dx = r (dn - x r^2 sum(dn x) / n) needs both sums of the row at one time.
+    If WIDE, the weight is read again for each tile, from the cache: a row and its dweight fill the registers.
 
     Where they are given: dy2 and dy3 are added to dy; dr, the gradient that reaches x past the norm, to dx; and y is
     written again, for the weight gradients that follow. Each is one more access per element, in place of two or three
@@ -145,48 +194,67 @@ def _rms_norm_backward(
     """
     cols = tl.arange(0, BLOCK_COLS)
     scale = _scale(w_ptr, cols, n_cols, offset, ROUNDING, HAS_WEIGHT)
-    if NEED_DWEIGHT:
-        dw = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    dw = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    if BLOCK_REST > 0:
+        rest = BLOCK_COLS + tl.arange(0, BLOCK_REST)
+        scale_rest = _scale(w_ptr, rest, n_cols, offset, ROUNDING, HAS_WEIGHT)
+        dw_rest = tl.zeros((BLOCK_ROWS, BLOCK_REST), tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        mask = (row < n_rows)[:, None] & (cols < n_cols)[None, :]
-        raw = tl.load(x_ptr + _offsets(row, n1, n2, x0, x1, x2)[:, None] + cols[None, :], mask=mask, other=0.0)
-        dy_at = _offsets(row, n1, n2, d0, d1, d2)[:, None] + cols[None, :]
-        dx_at = _offsets(row, n1, n2, o0, o1, o2)[:, None] + cols[None, :]
-        dy = tl.load(dy_ptr + dy_at, mask=mask, other=0.0).to(tl.float32)
-        if dy2_ptr is not None:
-            dy += tl.load(dy2_ptr + dy_at, mask=mask, other=0.0).to(tl.float32)
-        if dy3_ptr is not None:
-            dy += tl.load(dy3_ptr + dy_at, mask=mask, other=0.0).to(tl.float32)
-        x = raw.to(tl.float32)
-        dnormed = dy * scale
-        square, along = tl.reduce((x * x, dnormed * x), 1, _add_pairs)
+        within = row < n_rows
+        x_at = _offsets(row, n1, n2, x0, x1, x2)
+        dy_at = _offsets(row, n1, n2, d0, d1, d2)
+        dx_at = _offsets(row, n1, n2, o0, o1, o2)
+        raw = _load(x_ptr, x_at, within, cols, n_cols)
+        dy = _incoming(dy_ptr, dy2_ptr, dy3_ptr, dy_at, within, cols, n_cols)
+        if WIDE:
+            scale = _scale(w_ptr, cols, n_cols, offset, ROUNDING, HAS_WEIGHT)
+        square, along = _sums(raw, dy, scale)
+        if BLOCK_REST > 0:
+            raw_rest = _load(x_ptr, x_at, within, rest, n_cols)
+            dy_rest = _incoming(dy_ptr, dy2_ptr, dy3_ptr, dy_at, within, rest, n_cols)
+            if WIDE:
+                scale_rest = _scale(w_ptr, rest, n_cols, offset, ROUNDING, HAS_WEIGHT)
+            square_rest, along_rest = _sums(raw_rest, dy_rest, scale_rest)
+            square += square_rest
+            along += along_rest
         factor = tl.rsqrt(square / n_cols + tl.cast(eps, tl.float32))[:, None]
-        normed = x * factor
-        dx = factor * (dnormed - normed * (factor * along[:, None] / n_cols))
-        if dr_ptr is not None:
-            dx += tl.load(dr_ptr + dx_at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if y_ptr is not None:
-            if ROUNDING == FACTOR:
-                y = (x * factor.to(raw.dtype).to(tl.float32)).to(raw.dtype).to(tl.float32)
-            elif ROUNDING == NORMED:
-                y = normed.to(raw.dtype).to(tl.float32)
-            else:
-                y = normed
-            tl.store(y_ptr + dx_at, (y * scale).to(y_ptr.dtype.element_ty), mask=mask)
+        mean = factor * along[:, None] / n_cols
+        share = _gradient(
+            *(dx_ptr, dr_ptr, y_ptr, dx_at, within, cols, n_cols),
+            *(raw, dy, scale, factor, mean, ROUNDING),
+        )
         if NEED_DWEIGHT:
-            if ROUNDING != RESULT:
-                normed = normed.to(raw.dtype).to(tl.float32)
-            dw += dy * normed
+            dw += share
+        if BLOCK_REST > 0:
+            share = _gradient(
+                *(dx_ptr, dr_ptr, y_ptr, dx_at, within, rest, n_cols),
+                *(raw_rest, dy_rest, scale_rest, factor, mean, ROUNDING),
+            )
+            if NEED_DWEIGHT:
+                dw_rest += share
     if NEED_DWEIGHT:
-        tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * n_cols + cols, tl.sum(dw, axis=0), mask=cols < n_cols)
+        at = dw_ptr + tl.program_id(0).to(tl.int64) * n_cols
+        tl.store(at + cols, tl.sum(dw, axis=0), mask=cols < n_cols)
+        if BLOCK_REST > 0:
+            tl.store(at + rest, tl.sum(dw_rest, axis=0), mask=rest < n_cols)
 
 
 @triton.jit
-def _total(partial_ptr, out_ptr, n_rows, n_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Sums of columns, in a fixed order, rounded once. Per element of partial: read once; BLOCK_COLS are 64 bytes, two
-    sectors, so that even narrow weights give several programs."""
+def _total(
+    partial_ptr,
+    out_ptr,
+    partial2_ptr,
+    out2_ptr,
+    n_rows,
+    n_cols,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Sums of columns of one table, or of two alike, in a fixed order, rounded once. Per element of partial: read once;
+    BLOCK_COLS are a sector of 32 bytes in narrow tables, so that these too give several programs, else two."""
+    if tl.program_id(1) > 0:
+        partial_ptr, out_ptr = partial2_ptr, out2_ptr
     cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     for start in range(0, n_rows, BLOCK_ROWS):
@@ -196,19 +264,74 @@ def _total(partial_ptr, out_ptr, n_rows, n_cols, BLOCK_ROWS: tl.constexpr, BLOCK
     tl.store(out_ptr + cols, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=cols < n_cols)
 
 
+def total(tables: Sequence[Tensor], likes: Sequence[Tensor]) -> list[Tensor]:
+    """The column sums of one or two float32 tables [n, m] of one size, each like a weight [m]."""
+    sums = [torch.empty_like(w) for w in likes]
+    (n_rows, n_cols), narrow = tables[0].shape, tables[0].shape[1] <= 1024
+    launch(
+        _total,
+        (triton.cdiv(n_cols, 8 if narrow else 16), len(tables)),
+        tables[0],
+        sums[0],
+        tables[-1],
+        sums[-1],
+        n_rows,
+        n_cols,
+        BLOCK_ROWS=128 if narrow else 64,
+        BLOCK_COLS=8 if narrow else 16,
+    )
+    return sums
+
+
 TILE = 2048
-"""Elements a program works on at a time, if a row has no more; see the kernels."""
+"""Elements that a program works on at a time, if a row has at most a quarter of them; see the kernels."""
 
 
-def _blocks(n_cols: int) -> tuple[int, int]:
-    """(BLOCK_ROWS, BLOCK_COLS) of a tile."""
-    block_cols = triton.next_power_of_2(n_cols)
-    return max(1, TILE // block_cols), block_cols
+def _rows(block_cols: int) -> int:
+    """Of a tile."""
+    return TILE // block_cols if block_cols <= TILE // 4 else 1
 
 
-def _warps(tile: int, most: int) -> int:
-    """16 elements a thread, from 4 warps to `most`."""
-    return min(max(tile // 512, 4), most)
+def _forward_warps(n_cols: int) -> int:
+    """One for each 512 elements of a row. (Twice as many took 4% longer for rows of 576, and 8% for 2304.)"""
+    return 4 if n_cols <= TILE // 4 else min(triton.next_power_of_2(n_cols // 512 + 1) // 2, 8)
+
+
+def _parts(n_cols: int) -> tuple[int, int]:
+    """(BLOCK_COLS, BLOCK_REST) of the backward.
+
+    A block has a power of two elements, so that one for a row of 2304 would be idle by nearly a half. Rows of more than
+    512 are taken as two blocks if these have less than three quarters of the elements of one. So are all of more than
+    8192, where the one would not fit the registers. (Rows of 2880 and 3072 measured alike in both ways, 1536 slower in
+    two, 2304 and 5120 faster by 7 to 13%, 12288 by 30%.)
+    """
+    whole = triton.next_power_of_2(n_cols)
+    first = whole // 2
+    rest = triton.next_power_of_2(max(n_cols - first, 1))
+    if n_cols <= TILE // 4 or first + rest >= (whole if whole > 8192 else whole * 3 // 4):
+        return whole, 0
+    return first, rest
+
+
+REGISTERS, SHARED = 65536, 200 << 10
+"""Of a multiprocessor: 32-bit registers, and bytes of memory that its programs may load ahead into."""
+
+
+def _backward_plan(tile: int, loads: int, size: int) -> tuple[bool, int, int, int]:
+    """(WIDE, warps of a program, programs that a multiprocessor holds, STAGES) for tiles of `tile` elements, of which
+    `loads` tensors are read that have `size` bytes an element.
+
+    Few warps with many elements each measured fastest: their sums need the fewest exchanges. A thread has about four
+    registers for an element (dy, x, the weight and its gradient) and 60 for the rest; beyond 6144 elements, 4 warps
+    have too few, and one program of 16 or 32 takes all that there are.
+    """
+    if tile > 6144:
+        warps, programs = 16 if tile <= 16384 else 32, 1
+    else:
+        warps, programs = 4, max(REGISTERS // (128 * (4 * max(tile // 128, 1) + 60)), 1)
+    wide = tile > 8192
+    buffers = SHARED // ((loads + wide) * tile * size * programs)
+    return wide, warps, programs, 1 + min(buffers, 2)
 
 
 def _addressed(*tensors: Tensor) -> tuple[list[int], list[list[int]], tuple[Tensor, ...]]:
@@ -235,7 +358,8 @@ def _run_forward(
     (_, n1, n2), (xs, ys), (x, out) = _addressed(x, y)
     n_cols = x.shape[-1]
     n_rows = x.numel() // n_cols
-    block_rows, block_cols = _blocks(n_cols)
+    block_cols = triton.next_power_of_2(n_cols)
+    block_rows = _rows(block_cols)
     weight = weight if weight is None else weight.contiguous()
     launch(
         _rms_norm,
@@ -258,7 +382,7 @@ def _run_forward(
         ADD_AFTER=residual is not None and h is None,
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
-        num_warps=_warps(block_rows * block_cols, 8),
+        num_warps=_forward_warps(n_cols),
     )
     if out is not y:
         y.copy_(out)
@@ -303,12 +427,15 @@ def _run_backward(
     (_, n1, n2), (ds, xs, os), (dy, x, out) = _addressed(dy, x, dx)
     n_cols = x.shape[-1]
     n_rows = x.numel() // n_cols
-    block_rows, block_cols = _blocks(n_cols)
-    tile = block_rows * block_cols
-    # A multiprocessor has 8192 elements in hand and as many in each stage ahead, which wide rows leave no room for.
-    programs = least(triton.cdiv(n_rows, block_rows), multiprocessors(x.device) * max(8192 // tile, 1))
-    ahead = tile * x.element_size() <= 16384
-    stages = 3 if len(more) + (dresidual is not None) == 0 else 2
+    block_cols, block_rest = _parts(n_cols)
+    block_rows = _rows(block_cols)
+    tile = block_rows * (block_cols + block_rest)
+    loads = 2 + len(more) + (dresidual is not None)
+    wide, warps, resident, stages = _backward_plan(tile, loads, x.element_size())
+    if wide and y is not None:  # whose registers are not there
+        _run_forward(x, None, weight, eps, offset, rounding, y, None)
+        y = None
+    programs = least(triton.cdiv(n_rows, block_rows), multiprocessors(x.device) * resident)
     weight = weight if weight is None else weight.contiguous()
     partial = x.new_empty((programs, n_cols) if need_dweight else (0,), dtype=torch.float32)
     launch(
@@ -336,16 +463,16 @@ def _run_backward(
         NEED_DWEIGHT=need_dweight,
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
-        STAGES=stages if ahead else 1,
-        num_warps=_warps(tile, 8) if ahead else min(tile // 1024, 32),
+        BLOCK_REST=block_rest,
+        WIDE=wide,
+        STAGES=stages,
+        num_warps=warps,
     )
     if out is not dx:
         dx.copy_(out)
     if not need_dweight:
         return dx, partial
-    dweight = torch.empty_like(weight)
-    launch(_total, (triton.cdiv(n_cols, 16),), partial, dweight, programs, n_cols, BLOCK_ROWS=64, BLOCK_COLS=16)
-    return dx, dweight
+    return dx, *total([partial], [weight])
 
 
 def backward(
