@@ -71,8 +71,10 @@ def extent_of(value: Any) -> Linear:
 class _Reader:
     def __init__(self, view: GraphTerms) -> None:
         self.view = view
-        self._read: dict[tuple[Term, Index], Value] = {}
+        self._read: dict[tuple[Any, ...], Value] = {}
         self._names = itertools.count()
+        self._mapped: dict[int, Linear] = {}
+        """Which element of the dimension that it maps over each `vmap` is at, by its level."""
 
     def element(self, term: Any, at: Index) -> Value:
         if isinstance(term, bool):
@@ -83,10 +85,26 @@ class _Reader:
             return extent_of(term)
         if not isinstance(term, Term) or term.shape is None or term.dtype is None:
             raise Unread(f"reads {term!r}")
-        key = (term, at)
+        key = (term, at, *self._mapped.items())
         if key not in self._read:
             self._read[key] = self._followed(term, at)
         return self._read[key]
+
+    def mapped(self, level: int) -> Linear:
+        """Which element the `vmap` of a level is at."""
+        if level not in self._mapped:
+            raise Unread("is seen from outside of the vmap that it is in")
+        return self._mapped[level]
+
+    def element_in(self, level: int, position: Linear | None, term: Term, at: Index) -> Value:
+        """An element of a tensor in a `vmap` of that level that is at `position`, or, without one, outside of it. Those
+        of lower levels are around it."""
+        outer = {k: v for k, v in self._mapped.items() if k < level}
+        before, self._mapped = self._mapped, outer | ({} if position is None else {level: position})
+        try:
+            return self.element(term, at)
+        finally:
+            self._mapped = before
 
     def _followed(self, term: Term, at: Index) -> Value:
         if term in self.view.given:
@@ -98,10 +116,15 @@ class _Reader:
                 raise Unread(f"is {term!r}")
             return rule(self, term, at, *(term.args[1:] if term.op == "call" else term.args))
         except (Unread, TypeError) as error:  # TypeError: arguments the rule does not know
-            if term.dtype.is_floating_point or term.dtype.is_complex or term not in self.view.carriers:
+            if term.dtype.is_floating_point or term.dtype.is_complex or not self._is_in_graph(term):
                 raise Unread(str(error)) from error
         element = Element(term, at)
         return Truth(element) if term.dtype is torch.bool else linear(element)
+
+    def _is_in_graph(self, term: Term) -> bool:
+        """Whether this is one tensor there, and not one for each element that a `vmap` maps."""
+        nodes = self.view.carriers.get(term)
+        return bool(nodes) and not self.view.region[nodes[0]].is_transformed
 
     def operand(self, value: Any, at: Index) -> Value:
         """An operand's element, where the result has its element `at` by broadcasting."""
@@ -181,6 +204,11 @@ def _constant(term: Term, value: Any) -> Value:
     if term.dtype is torch.bool:
         return bool(value)
     return float(value) if term.dtype.is_floating_point else linear(int(value))
+
+
+@_rule("fill_", "zero_")
+def _filled(r: _Reader, term: Term, at: Index, x: Term, value: Any = 0) -> Value:
+    return _constant(term, value)
 
 
 # ---- moving elements ----------------------------------------------------------------------------------------------
@@ -340,6 +368,53 @@ def _within(value: Value, extent: Any) -> Linear:
     raise Unread("indexes with data that may be negative")
 
 
+@_rule("_add_batch_dim")
+def _mapped_over(r: _Reader, term: Term, at: Index, x: Term, dim: int, level: int) -> Value:
+    """What a function that `vmap` calls gets of x, which it maps over a dimension."""
+    dim %= len(x.shape)
+    return r.element_in(level, None, x, (*at[:dim], r.mapped(level), *at[dim:]))
+
+
+@_rule("_remove_batch_dim")
+def _stacked(r: _Reader, term: Term, at: Index, x: Term, level: int, extent: Any, dim: int) -> Value:
+    """What `vmap` makes of the results of all calls."""
+    dim %= len(at)
+    return r.element_in(level, at[dim], x, (*at[:dim], *at[dim + 1 :]))
+
+
+@_rule("setitem_")
+def _set(r: _Reader, term: Term, at: Index, x: Term, items: Any, value: Any) -> Value:
+    """x[items] = value, as x is afterwards, for slices and numbers that are known."""
+    items = list(items) if isinstance(items, tuple) else [items]
+    if Ellipsis in items:
+        front = items.index(Ellipsis)
+        items[front : front + 1] = [slice(None)] * (len(x.shape) - len(items) + 1)
+    inside: Bool = True
+    within = list(at[len(items) :])
+    for i, item, extent in reversed([*zip(at, items, x.shape, strict=False)]):
+        first, last, step = _range(item, extent)
+        position = plus(i, first, -1)
+        inside = conjunction(inside, at_least_zero(position), at_least_zero(plus(last, i, -1)))
+        if step is not None:
+            within.insert(0, position)
+    if isinstance(value, Term) and len(value.shape) > len(within):
+        raise Unread("writes what has more dimensions than it is written to")
+    return choice(inside, _as(r.operand(value, tuple(within)), term.dtype), r.element(x, at))
+
+
+def _range(item: Any, extent: Any) -> tuple[Linear, Linear, int | None]:
+    """(first, last, step) of what an item takes of a dimension; no step for a single element."""
+    if item == slice(None):
+        return linear(0), plus(extent_of(extent), linear(-1)), 1
+    if isinstance(extent, int) and isinstance(item, slice):
+        first, end, step = item.indices(extent)
+        if step == 1:
+            return linear(first), linear(end - 1), 1
+    if isinstance(extent, int) and isinstance(item, int) and not isinstance(item, bool):
+        return linear(item % extent), linear(item % extent), None
+    raise Unread(f"writes to {item!r}, which is not a range that is known")
+
+
 # ---- computing ----------------------------------------------------------------------------------------------------
 
 
@@ -468,6 +543,13 @@ def _cumsum(r: _Reader, term: Term, at: Index, x: Term, dim: int, dtype: Any = N
     if not isinstance(value, Linear) or not value.is_constant:
         raise Unread("adds up values that differ")
     return scaled(plus(at[dim], linear(1)), value.const)  # c + c + ... -> (i + 1) * c
+
+
+for _name in (
+    *("add", "sub", "mul", "floor_divide", "remainder", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not"),
+    *("logical_and", "logical_or", "logical_not", "masked_fill", "tril", "triu"),
+):
+    _CALLS[f"{_name}_"] = _CALLS[_name]  # what is written in place, as it is afterwards
 
 
 # ---- masks --------------------------------------------------------------------------------------------------------

@@ -18,13 +18,30 @@ from torch import fx
 
 from . import _torch
 from .rules import RULES, Call, NotCanonical
-from .terms import Term, Terms
+from .terms import Term, Terms, same
 
 _NAMESPACES = (torch, torch.nn.functional, torch._C._nn, operator, torch.special, torch.linalg)
 _INPLACE_OPERATORS = frozenset(
     getattr(operator, name)
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
 )
+
+_OF_VMAP = frozenset({"_add_batch_dim", "_remove_batch_dim"})
+"""The calls between which Dynamo writes out a function that `vmap` maps over tensors, once."""
+
+_WRITES = {
+    **{getattr(operator, f"i{name}"): name for name in ("add", "sub", "mul")},
+    **{operator.ifloordiv: "floor_divide", operator.imod: "remainder", operator.setitem: "setitem"},
+    **{operator.iand: "bitwise_and", operator.ior: "bitwise_or", operator.ixor: "bitwise_xor"},
+}
+_WRITING_METHODS = {
+    f"{name}_": name
+    for name in (
+        *("add", "sub", "mul", "floor_divide", "remainder", "bitwise_and", "bitwise_or", "bitwise_xor"),
+        *("bitwise_not", "logical_and", "logical_or", "logical_not", "fill", "zero", "masked_fill", "tril", "triu"),
+    )
+}
+"""Calls that change a tensor in place, and those that give the result as another."""
 
 PYTHON_OPERATORS = frozenset({operator.and_, operator.or_, operator.not_, operator.is_})
 """Their names end as those of in-place methods do."""
@@ -49,6 +66,8 @@ def call_name(target: Any) -> str | None:
     name = getattr(target, "__name__", None)
     if not isinstance(name, str):
         return None
+    if name in _OF_VMAP and getattr(target, "__module__", "").startswith("torch."):
+        return name
     name = name.removeprefix("linalg_").removeprefix("special_")
     if any(getattr(space, name, None) is target for space in _NAMESPACES):
         return name.strip("_") if name.startswith("__") else name
@@ -61,6 +80,11 @@ class Region:
 
     grad: bool = True
     contexts: tuple[str, ...] = ()
+
+    @property
+    def is_transformed(self) -> bool:
+        """By functorch: whether a tensor may stand for several (vmap), or be something else than it seems (grad)."""
+        return any("nesting" in context for context in self.contexts)
 
 
 @dataclass
@@ -89,6 +113,8 @@ class GraphTerms:
     borrowed: list[fx.Node] = field(default_factory=list)
     """The nodes of that graph which this one now takes as further inputs, behind those it has."""
     _pieces: dict[fx.Node, tuple[Any, ...]] = field(default_factory=dict)
+    _written: dict[fx.Node, tuple[fx.Node, Term]] = field(default_factory=dict)
+    """For nodes that write to one tensor, as a whole or to elements that are known: that, and its value afterwards."""
 
     @classmethod
     def view(cls, graph: fx.Graph, region: Region | None = None) -> GraphTerms:
@@ -144,9 +170,10 @@ class GraphTerms:
             pieces = self._canonical(node, value)
             self._pieces[node] = pieces if isinstance(pieces, tuple) else ()
             return
+        written = self._write(node)
         if not isinstance(value, torch.Tensor):
             return
-        term = self._canonical(node, value)
+        term = written or self._canonical(node, value)
         if not isinstance(term, Term):
             term = self._leaf(node, value)
         self.of[node] = term
@@ -154,6 +181,29 @@ class GraphTerms:
 
     def _leaf(self, node: fx.Node, value: torch.Tensor) -> Term:
         return self.terms.make("leaf", (node.name,), value.dtype, value.shape)
+
+    def _write(self, node: fx.Node) -> Term | None:
+        """The value of a tensor that a call writes to in place, behind the call, if it can be told.
+
+        Its name ends in an underscore, which no pattern's does: such a value may be read, a call that writes is no part
+        of a match.
+        """
+        name = _WRITES.get(node.target) if node.op != "call_method" else _WRITING_METHODS.get(node.target)
+        changed = list(_written_by(node))
+        if name is None or len(changed) != 1 or changed[0] is not value_of(node.args[0]):
+            return None
+        try:
+            args = [self._read(a, node) for a in node.args]
+            kwargs = {k: self._read(v, node) for k, v in node.kwargs.items()}
+        except NotCanonical:
+            return None
+        bound = args if name == "setitem" else _torch.bind_schema(name, args, kwargs)
+        if bound is None:
+            return None
+        args = (f"{name}_", *(tuple(b) if isinstance(b, list) else b for b in bound))
+        term = self.terms.make("call", args, changed[0].dtype, changed[0].shape)
+        self._written[node] = node.args[0], term
+        return term
 
     def _canonical(self, node: fx.Node, value: Any) -> Any:
         """The node's value in canonical form; None where it has none."""
@@ -202,8 +252,11 @@ class GraphTerms:
             return self.of[arg]
         value = value_of(arg)
         before = self.of[arg]
-        text = f"{arg.name} after {self._writer(arg, seen)}"
-        term = self.terms.make("leaf", (text, before), value.dtype, value.shape)
+        writer = self.mutations[_storage(value)][seen - 1]
+        changed, term = self._written.get(writer, (None, None))
+        if changed is None or not _same_elements(value_of(changed), value):
+            text = f"{arg.name} after {writer.name}"
+            term = self.terms.make("leaf", (text, before), value.dtype, value.shape)
         self.carriers.setdefault(term, [arg])
         self.version[term] = seen
         return term
@@ -224,9 +277,6 @@ class GraphTerms:
             return True  # passes its operand on: .float() of a float32 tensor
         name = call_name(node.target)
         return name is not None and (getattr(operator, name, None) is node.target or _torch.is_pure(name))
-
-    def _writer(self, node: fx.Node, writes: int) -> str:
-        return self.mutations[_storage(value_of(node))][writes - 1].name
 
     def writes_before(self, node: fx.Node, reader: fx.Node, inclusive: bool = False) -> int:
         """How many writes to the node's storage come before the reader."""
@@ -281,6 +331,11 @@ _FIRST = {"input": "x", "self": "x", "tensor": "x", "axis": "dim", "size": "shap
 
 def _elsewhere(a: Any, b: torch.Tensor) -> bool:
     return isinstance(a, torch.Tensor) and a.device != b.device and a.ndim > 0
+
+
+def _same_elements(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors on one storage are the same elements of it in the same order."""
+    return same((*a.shape, *a.stride(), a.storage_offset()), (*b.shape, *b.stride(), b.storage_offset()))
 
 
 def _storage(value: Any) -> Any:

@@ -153,7 +153,7 @@ def _check_regions(site: Site) -> None:
     for node in (*site.outputs, *site.interior, site.before):
         if region[node] != here:
             raise Illegal(f"{node.name} runs in another grad, autocast or functorch region", node)
-    if any("nesting" in context for context in here.contexts):
+    if here.is_transformed:
         raise Illegal("runs inside a functorch transform (vmap, grad)", site.outputs[0])
 
 

@@ -186,6 +186,8 @@ def describe(value: Any, depth: int = 3) -> str:
             return _short(str(value.args[0]))
         if depth == 0:
             return f"{value.op}(...)"
+        if value.op == "call" and str(value.args[0]).endswith("_"):
+            return f"{describe(value.args[1], depth - 1)} after {value.args[0]}"
         return f"{value.op}({', '.join(describe(a, depth - 1) for a in value.args)})"
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")

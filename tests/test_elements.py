@@ -62,6 +62,25 @@ def rows(n):
     return torch.arange(n)[:, None]
 
 
+def pairs(function):
+    """`function` of every row and column, as transformers makes a mask out of a function of positions."""
+    return torch.vmap(torch.vmap(function, (None, 0)), (0, None))(cols(4), cols(6))
+
+
+def overwritten(x, items, value):
+    x = x.clone()
+    x[items] = value
+    return x.clone()
+
+
+def twice_written(x):
+    y = x.clone()
+    x += 3
+    y *= 2
+    x[2:] = 7
+    return x + y
+
+
 READ = {
     "arange": lambda x: cols(7),
     "arange from": lambda x: cols(3, 9),
@@ -107,6 +126,23 @@ READ = {
     "not equal": lambda x: cols(6) != rows(6),
     "always": lambda x: cols(6) - rows(6) < 6,
     "never": lambda x: cols(6) + rows(6) < 0,
+    "vmap": lambda x: pairs(lambda i, j: (j <= i) & (j > 1)),
+    "vmaps of vmaps": lambda x: pairs(lambda i, j: pairs(lambda a, b: i * 8 + a - b)[1, 2] + j),
+    "vmaps one after another": lambda x: pairs(lambda i, j: i - j) + pairs(lambda i, j: 5 * j),
+    "vmap over other dimensions": lambda x: torch.vmap(lambda c: c * 2 + cols(4), -1, 1)(rows(4) * 10 + cols(6)),
+    "vmap of the same for all": lambda x: torch.vmap(lambda i: cols(3))(cols(4)),
+    "gather in a vmap": lambda x: pairs(lambda i, j: torch.ops.aten.index(cols(24).view(6, 4), [j, i])),
+    "in place": lambda x: cols(6).clone().add_(rows(1)[0]).mul_(3).masked_fill_(cols(6) == 2, 9),
+    "truth values in place": lambda x: (cols(6) > 2).clone().logical_and_(cols(6) < 5).logical_not_(),
+    "triangle in place": lambda x: torch.ones(5, 6, dtype=torch.int64).tril_(1),
+    "filled": lambda x: cols(6).clone().fill_(4) + cols(6).clone().zero_(),
+    "written to twice": lambda x: twice_written(cols(6)),
+    "a range written to": lambda x: overwritten(cols(8), slice(2, -1), 5),
+    "a block written to": lambda x: overwritten(rows(5) + cols(6), (slice(1, 3), slice(2)), cols(4)[2:] * 100),
+    "a column written to": lambda x: overwritten(rows(5) + cols(6), (..., -1), cols(5) * 100),
+    "a row written to": lambda x: overwritten(rows(5) + cols(6), 2, 7),
+    "truth values written to": lambda x: overwritten(rows(5) > cols(6), (slice(None), slice(1)), True),
+    "float choice in place": lambda x: torch.full((6, 6), -1e9).triu_(1).mul_(cols(6) > rows(6)),
     "float choice": lambda x: torch.where(cols(6) > rows(6), float("-inf"), 0.0),
     "float product": lambda x: (1.0 - (cols(6) <= rows(6)).float()) * -10000.0,
 }
@@ -128,12 +164,21 @@ ELEMENTS = {
     "narrow integers": lambda x: cols(6).to(torch.int8) + x,
     "a product of positions": lambda x: cols(6) * rows(6) + x,
     "written in place": lambda x: x.clone().add_(1) + cols(6),
+    "written to where it is not known": lambda x: overwritten(cols(6), x > 4, 3) + cols(6),
+    "data in a vmap": lambda x: pairs(lambda i, j: torch.ops.aten.index(x, [j]) > i),
+    "data mapped over": lambda x: torch.vmap(lambda e: e + cols(4))(x),
 }
 
 
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_elements_of_what_is_not_known(name):
     assert not is_read(reading(ELEMENTS[name], torch.randint(0, 9, (6,))))
+
+
+def test_what_differs_between_the_calls_of_a_vmap_is_no_element():
+    """Of which tensor in the graph it is one, nobody could say."""
+    with pytest.raises(Unread):
+        reading(lambda x: pairs(lambda i, j: torch.stack((i, j)).sort().values[0]), torch.zeros(1))
 
 
 @pytest.mark.parametrize(
@@ -178,6 +223,11 @@ def integers(rng, depth):
             lambda x: a(x)[rows(4), (cols(6) + k) % 6],
             lambda x: t(x).long().cumsum(1),
             lambda x: a(x).tril(c) + b(x).triu(c),
+            lambda x: a(x).clone().add_(b(x)).mul_(c),
+            lambda x: overwritten(a(x), (slice(None), slice(1, 4)), c),
+            lambda x: overwritten(a(x), (slice(2), ...), b(x)[2:]),
+            lambda x: torch.vmap(lambda column: column + k, 1, 1)(a(x)),
+            lambda x: pairs(lambda i, j: torch.ops.aten.index(a(x), [i, j]) - j),
         ]
     )
 
