@@ -32,8 +32,10 @@ def parameters_of(target: Callable[..., Any]) -> dict[str, bool]:
 class Emitter:
     """Inserts nodes before one place in the graph; takes them back if the rewrite fails."""
 
-    def __init__(self, view: GraphTerms, site: Site, moved: dict[fx.Node, fx.Node]) -> None:
-        self.view, self.site, self.moved = view, site, moved
+    def __init__(
+        self, view: GraphTerms, site: Site, moved: dict[fx.Node, fx.Node], preferred: frozenset[fx.Node] = frozenset()
+    ) -> None:
+        self.view, self.site, self.moved, self.preferred = view, site, moved, preferred
         self.inserted: list[fx.Node] = []
         self._made: dict[Term, fx.Node] = {}
 
@@ -63,7 +65,8 @@ class Emitter:
             self.view.borrow(value)
         carriers = self.view.carriers.get(value)
         if carriers:
-            return self.moved.get(carriers[0], carriers[0])
+            node = next((n for n in carriers if n in self.preferred), carriers[0])
+            return self.moved.get(node, node)
         if value not in self._made:
             make = _IMPLICIT.get(value.op)
             if make is None:
@@ -132,7 +135,23 @@ def emit(view: GraphTerms, site: Site, moved: dict[fx.Node, fx.Node]) -> tuple[l
 
     Raises `Illegal`, leaving the graph as it was, if the results are not what they replace.
     """
-    emitter = Emitter(view, site, moved)
+    try:
+        return _emitted(Emitter(view, site, moved))
+    except Illegal:
+        # The first node to hold an operand may be laid out in another way than the one that the replaced code reads,
+        # such as x.transpose(1, 2).contiguous().transpose(1, 2).
+        read = {i for n in (*site.outputs, *site.interior) for i in n.all_input_nodes}
+        here = view.position[site.before]
+        preferred = frozenset(n for n in read if view.position[n] < here and not view.is_written(n))
+        try:
+            return _emitted(Emitter(view, site, moved, preferred))
+        except Illegal:
+            pass
+        raise
+
+
+def _emitted(emitter: Emitter) -> tuple[list[fx.Node], list[fx.Node]]:
+    site = emitter.site
     try:
         call = _call(emitter)
         _check_count(value_of(call), len(site.outputs))

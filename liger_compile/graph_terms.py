@@ -278,6 +278,10 @@ class GraphTerms:
         name = call_name(node.target)
         return name is not None and (getattr(operator, name, None) is node.target or _torch.is_pure(name))
 
+    def is_written(self, node: fx.Node) -> bool:
+        """Whether anything in the graph writes to this tensor."""
+        return _storage(value_of(node)) in self.mutations
+
     def writes_before(self, node: fx.Node, reader: fx.Node, inclusive: bool = False) -> int:
         """How many writes to the node's storage come before the reader."""
         value = value_of(node)

@@ -216,6 +216,24 @@ def test_every_replacement_once_where_values_are_shared():
     assert rewritten_like_eager(twice, x, w).counts == {"rms_norm": 1}
 
 
+def test_operand_in_the_layout_that_was_read():
+    """The same values are there in two layouts, of which the first would give another result's strides."""
+
+    def function(x, w, c, s):
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        return (x * c + half(x) * s).as_strided((6, 8), (1, 6))
+
+    def written(x, w, c, s):
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        y = x * c + half(x) * s
+        x.zero_()
+        return y.as_strided((6, 8), (1, 6))
+
+    for each in (function, written):
+        report = rewritten_like_eager(each, *operands()[:4])
+        assert report.counts == ({"rope": 1} if each is function else {}), report
+
+
 # ---- ATen graphs and exported modules -------------------------------------------------------------------------------
 
 
