@@ -7,13 +7,17 @@ dtype and device, and computes them once, the first time their values are needed
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from .graph_terms import value_of
 from .legality import Site, sources
@@ -78,6 +82,8 @@ class _State:
     value: Tensor | None = None
     plain: Tensor | None = None
     """The value without a gradient history: all there is below autograd."""
+    steps: int | None = None
+    """How many steps optimizers had made, for weights that FSDP writes without a change of their version."""
 
     @classmethod
     def of(cls, recipe: Recipe, inputs: tuple[Any, ...]) -> _State:
@@ -100,7 +106,13 @@ class _State:
         return self.plain
 
     def check(self) -> None:
-        if self.versions != tuple(map(_version, self.inputs)):
+        if any(map(_is_freed, self.inputs)):
+            raise RuntimeError(
+                "these logits were never read, and the weights they are computed from have been freed since, as FSDP "
+                'does after backward(). Read them before, or compile with options={"liger.logits": "keep"}.'
+            )
+        stepped = self.steps is not None and self.steps != _steps()[0]
+        if stepped or self.versions != tuple(map(_version, self.inputs)):
             raise RuntimeError(
                 "these logits were never read, and the weights they are computed from have changed since. Read them "
                 'before optimizer.step(), or compile with options={"liger.logits": "keep"}.'
@@ -115,10 +127,33 @@ class _Own:
     """The conversions a tensor has gone through; each may round."""
     value: Tensor | None = None
     """What it has become. Changes in place are made to this, and stay."""
+    hooks: dict[int, Callable[[Tensor], Any]] = field(default_factory=collections.OrderedDict)
+    """What was asked to see the gradient before there was a value."""
 
 
 def _version(value: Any) -> int | None:
     return None if not isinstance(value, Tensor) or value.is_inference() else value._version
+
+
+@functools.cache
+def _steps() -> list[int]:
+    """How many steps the optimizers of this process have made since the first call of this; one number."""
+    made = [0]
+
+    def count(*_: Any) -> None:
+        made[0] += 1
+
+    register_optimizer_step_post_hook(count)
+    return made
+
+
+def _call_hook(hooks: dict[int, Callable[[Tensor], Any]], key: int, gradient: Tensor) -> Any:
+    return hooks[key](gradient) if key in hooks else None  # else it was removed
+
+
+def _is_freed(value: Any) -> bool:
+    """Whether a tensor's memory was given back while the tensor stays."""
+    return isinstance(value, Tensor) and value.numel() > 0 and value.untyped_storage().nbytes() == 0
 
 
 class _Defer(torch.autograd.Function):
@@ -179,7 +214,19 @@ class LazyTensor(torch.Tensor):
             with torch.set_grad_enabled(self._state.with_grad):
                 value = _cast(value, self._own.casts)
             self._own.value = value if self.requires_grad else value.detach()  # converted under no_grad
+            for key in self._own.hooks:
+                self._own.value.register_hook(functools.partial(_call_hook, self._own.hooks, key))
         return self._own.value
+
+    def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
+        """Computes nothing: FSDP registers a hook on each output of a model."""
+        if self._own.value is not None or not self.requires_grad:
+            return self.compute().register_hook(hook)
+        if str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("torch.distributed.fsdp"):
+            self._state.steps = _steps()[0]
+        handle = RemovableHandle(self._own.hooks)
+        self._own.hooks[handle.id] = hook
+        return handle
 
     def compute_plain(self) -> Tensor:
         """The values without their history, for code that runs below autograd."""
@@ -227,7 +274,7 @@ _METADATA = frozenset(
     """shape dtype device ndim layout requires_grad is_leaf names itemsize nbytes is_cuda is_cpu is_meta is_sparse
     is_sparse_csr is_quantized is_nested is_mkldnn is_xpu dim ndimension size stride numel nelement element_size
     storage_offset get_device is_floating_point is_complex is_signed is_contiguous is_inference __len__
-    __hash__""".split()  # noqa: SIM905
+    __hash__ _base _is_view grad_fn output_nr""".split()  # noqa: SIM905
 )
 _CASTS = frozenset(("to", "float", "half", "bfloat16", "double", "type", "type_as"))
 _STILL_LAZY = frozenset((torch.ops.aten._to_copy.default, torch.ops.aten.detach.default))

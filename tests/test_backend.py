@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import logging
 import os
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Accuracy, capture, relative_error
+from helpers import Accuracy, capture, relative_error, rewritten
 from models import batch, build
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
@@ -525,6 +526,44 @@ def test_data_parallel(configs, reports, process_group):
     assert relative_error(losses[1], losses[0]) < 1e-5
     for name, grad in grads[0].items():
         assert relative_error(grads[1][name], grad) < 1e-5, name
+
+
+def test_fully_sharded(process_group):
+    """FSDP's hooks on the outputs compute no logits; once it has freed the weights, or another step has been made,
+    these are an error, and not those of other weights."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    plain, reports = Blocks(), []
+    sharded = fully_shard(copy.deepcopy(plain), mesh=init_device_mesh("cpu", (1,)))
+    compiled = torch.compile(sharded, backend=rewritten(reports))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (plain, sharded)]
+    kept = []
+    for step in range(3):
+        x, y = torch.randn(6, 512), torch.randint(512, (6,))
+        losses, logits = zip(*(call(x, y) for call in (plain, compiled)), strict=True)
+        assert not logits[1].computed
+        if step == 1:
+            assert relative_error(logits[1], logits[0]) < 1e-5
+        for loss in losses:
+            loss.backward()
+        assert relative_error(*losses) < 1e-5
+        if step == 0:
+            with pytest.raises(RuntimeError, match="have been freed since, as FSDP does"):
+                logits[1].sum()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        kept.append(logits[1])
+    compiled(x, y)  # which gathers the weights again
+    with pytest.raises(RuntimeError, match="have changed since"):
+        kept[0].sum()
+    assert kept[1].computed
+    total = sum((collections.Counter(r.counts) for r in reports), collections.Counter())
+    assert total == {"rms_norm": 3, "swiglu": 3, "linear_cross_entropy": 1}
+    sharded.reshard()
+    for ours, expected in zip(sharded.parameters(), plain.parameters(), strict=True):
+        assert relative_error(ours.full_tensor(), expected) < 1e-5
 
 
 # ---- torch.compile's features ----------------------------------------------------------------------------------------

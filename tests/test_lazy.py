@@ -72,7 +72,8 @@ METADATA = {
     "device": lambda z: (z.device, z.is_cuda, z.is_cpu, z.get_device()),
     "dimensions": lambda z: (z.ndim, z.dim(), len(z)),
     "numel": lambda z: (z.numel(), z.nelement(), torch.numel(z), z.nbytes, z.itemsize, z.element_size()),
-    "requires_grad": lambda z: (z.requires_grad, z.is_leaf),
+    "requires_grad": lambda z: (z.requires_grad, z.is_leaf, z.grad_fn is None, z.output_nr),
+    "views": lambda z: (z._base, z._is_view()),
     "layout": lambda z: (z.layout, z.is_contiguous(), z.is_sparse, z.storage_offset(), z.is_nested),
     "kind": lambda z: (z.is_floating_point(), torch.is_floating_point(z), z.is_complex(), z.is_signed()),
     "type": lambda z: (z.type(), isinstance(z, torch.Tensor), torch.is_tensor(z)),
@@ -296,6 +297,30 @@ def test_hooks_and_retained_gradients(case):
             z.square().mean().backward()
             results.append(z.grad)
         assert torch.equal(*seen) and torch.equal(*results)
+
+
+def test_hooks_of_what_is_not_read(case):
+    """FSDP registers a hook on each output of a model."""
+    seen = []
+    results = []
+    for z in (case.lazy(), case.eager()):
+        z.register_hook(seen.append)
+        z.register_hook(lambda g: seen.append("removed")).remove()
+        z.register_hook(lambda g: g * 2)
+        z.register_hook(seen.append)
+        assert not isinstance(z, LazyTensor) or not z.computed
+        results.append(torch.autograd.grad(z.square().sum(), (case.h, case.w)))
+    assert len(seen) == 4 and torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
+    assert torch.equal(seen[1], 2 * seen[0])
+    for ours, eager in zip(*results, strict=True):
+        assert torch.equal(ours, eager)
+
+
+def test_a_hook_on_a_constant(case):
+    with torch.no_grad():
+        z = case.lazy().float()
+    with pytest.raises(RuntimeError, match="doesn't require gradient"):
+        z.register_hook(print)
 
 
 def test_backward_twice(case):
