@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import json
 import os
 import re
@@ -363,12 +364,13 @@ def batch_of(rows: int, length: int) -> dict[str, torch.Tensor]:
 def cover_in(situation: str, model: torch.nn.Module, exact: Step) -> Run:
     """A training step of the model in a situation; `exact` is the same one in eager and float32."""
     import liger_compile
+    from liger_compile import handed
 
     result, report = Run(), liger_compile.Report()
     found: collections.Counter[str] = collections.Counter()
     left: collections.Counter[str] = collections.Counter()
 
-    def backend(gm: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+    def rewritten(gm: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         one = liger_compile.rewrite(gm)
         report.merge(one)
         after = one.graphs[0].after
@@ -393,7 +395,7 @@ def cover_in(situation: str, model: torch.nn.Module, exact: Step) -> Run:
     try:
         with checkpointed(model) if situation == "checkpointed" else contextlib.nullcontext():
             plain = [*steps(lambda gm, inputs: gm)]
-            remaining = steps(backend)
+            remaining = steps(functools.partial(handed.compiled, compiler=rewritten))
             ours = [next(remaining)]
             result.found, result.left, result.graphs = dict(found), dict(+left), len(report.graphs)
             ours += remaining

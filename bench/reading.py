@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from liger_compile import mask_code
+from liger_compile import handed, mask_code
 from liger_compile import predicate as p
 from liger_compile.elements import attended
-from liger_compile.graph_terms import GraphTerms
+from liger_compile.graph_terms import SAID, GraphTerms
 from liger_compile.terms import Term
 
 DEFAULTS = (None, None, None, None, 0.0, False)
@@ -94,7 +95,7 @@ def attentions(gm: fx.GraphModule, inputs: tuple[Any, ...]) -> list[Attention]:
         mask, causal = node.kwargs.get("attn_mask", mask), node.kwargs.get("is_causal", causal)
         if mask is None:
             return Attention("causal" if causal else "none")
-        if mask.op == "placeholder":
+        if mask.op == "placeholder" and SAID not in mask.meta:
             return Attention("unread", "the mask is made in another graph")
         actual = values[mask]
         try:
@@ -126,7 +127,7 @@ def comparing(
 ) -> Callable[..., Any]:
     """A backend that notes the `attentions` of every graph and runs what `then` makes of it."""
 
-    def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+    def compiler(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         compiled = then(gm)
 
         def run(*inputs: Any) -> Any:
@@ -135,4 +136,4 @@ def comparing(
 
         return run
 
-    return backend
+    return partial(handed.compiled, compiler=compiler)

@@ -80,6 +80,18 @@ def fake_mode(shape_env: Any = None) -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=shape_env)
 
 
+def as_fake(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A tensor without its data, of the size it has, in the mode of `like`. Checked on 2.13."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if not isinstance(like, FakeTensor):
+        return tensor
+    if not isinstance(tensor, FakeTensor):
+        return like.fake_mode.from_tensor(tensor, static_shapes=True)
+    with like.fake_mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
 def run_on_fakes(node: torch.fx.Node, value_of: Any) -> Any:
     """The example value of a new node, computed from those of its arguments.
 

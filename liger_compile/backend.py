@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from . import _torch, debug, fuse, lazy
+from . import _torch, debug, fuse, handed, lazy
 from .graph_terms import value_of
 from .log import log, warn_once
 from .options import Options, split_options
@@ -35,6 +36,12 @@ def liger(
     """
     ours, inductor = split_options(options)
     config = {**_torch.mode_options(mode), **inductor}
+    return handed.compiled(gm, example_inputs, partial(_compiled, ours=ours, config=config))
+
+
+def _compiled(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], ours: Options, config: dict[str, Any]
+) -> Callable[..., Any]:
     report = _rewritten(gm, ours)
     if report is None:
         return _torch.compile_fx(gm, example_inputs, config)

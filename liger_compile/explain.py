@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import handed
 from .options import split_options
 from .report import Report
 from .rewrite import rewrite
@@ -31,10 +32,13 @@ def explain(function: Callable[..., Any], **options: Any) -> Callable[..., Repor
     def run(*args: Any, **kwargs: Any) -> Report:
         report = Report()
 
-        def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        def rewritten(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
             one = rewrite(gm, ours)
             report.merge(one)
             return one.graphs[0].after.forward
+
+        def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+            return handed.compiled(gm, example_inputs, rewritten)
 
         torch._dynamo.reset()
         try:

@@ -26,6 +26,9 @@ _INPLACE_OPERATORS = frozenset(
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
 )
 
+SAID = "liger_said"
+"""In the notes of an input that is a mask: (what it says, the names of the inputs that it reads)."""
+
 _OF_VMAP = frozenset({"_add_batch_dim", "_remove_batch_dim"})
 """The calls between which Dynamo writes out a function that `vmap` maps over tensors, once."""
 
@@ -110,6 +113,8 @@ class GraphTerms:
     """For such a body, the graph that calls it, if that can pass it further tensors."""
     masks: dict[Term, Any] = field(default_factory=dict)
     """What has been read of attention masks, which all layers share."""
+    said: dict[Term, tuple[Any, tuple[fx.Node, ...]]] = field(default_factory=dict)
+    """What inputs say that are masks: a predicate for any graph, and the inputs that it reads; see `handed.py`."""
     borrowed: list[fx.Node] = field(default_factory=list)
     """The nodes of that graph which this one now takes as further inputs, behind those it has."""
     _pieces: dict[fx.Node, tuple[Any, ...]] = field(default_factory=dict)
@@ -130,6 +135,10 @@ class GraphTerms:
             region = _region_after(node, region)
             self.region[node] = region
             self._visit(node)
+        for node in self.nodes:
+            if SAID in node.meta:
+                predicate, names = node.meta[SAID]
+                self.said[self.of[node]] = predicate, tuple(n for name in names for n in self.nodes if n.name == name)
         return self
 
     def inputs_from(self, caller: GraphTerms, operands: Sequence[Any]) -> None:
@@ -193,8 +202,8 @@ class GraphTerms:
         if name is None or len(changed) != 1 or changed[0] is not value_of(node.args[0]):
             return None
         try:
-            args = [self._read(a, node) for a in node.args]
-            kwargs = {k: self._read(v, node) for k, v in node.kwargs.items()}
+            args = [self.read(a, node) for a in node.args]
+            kwargs = {k: self.read(v, node) for k, v in node.kwargs.items()}
         except NotCanonical:
             return None
         bound = args if name == "setitem" else _torch.bind_schema(name, args, kwargs)
@@ -214,8 +223,8 @@ class GraphTerms:
             return pieces[index] if isinstance(index, int) and index < len(pieces) else None
         name = call_name(node.target)
         try:
-            args = [self._read(a, node) for a in node.args]
-            kwargs = {k: self._read(v, node) for k, v in node.kwargs.items()}
+            args = [self.read(a, node) for a in node.args]
+            kwargs = {k: self.read(v, node) for k, v in node.kwargs.items()}
         except NotCanonical:
             return None
         if node.op == "call_method" and name == "where" and len(args) > 1:
@@ -228,12 +237,12 @@ class GraphTerms:
             call = Call(self.terms, parts=tuple(value))
         return canonical(call, name, node.target, args, kwargs, unique=node.name)
 
-    def _read(self, arg: Any, reader: fx.Node) -> Any:
+    def read(self, arg: Any, reader: fx.Node) -> Any:
         """An argument as the reader sees it: a term, a number, or containers of these."""
         if isinstance(arg, (tuple, list)):
-            return (tuple if isinstance(arg, tuple) else list)(self._read(a, reader) for a in arg)
+            return (tuple if isinstance(arg, tuple) else list)(self.read(a, reader) for a in arg)
         if isinstance(arg, slice):
-            return slice(*(self._read(a, reader) for a in (arg.start, arg.stop, arg.step)))
+            return slice(*(self.read(a, reader) for a in (arg.start, arg.stop, arg.step)))
         if not isinstance(arg, fx.Node):
             return arg
         if arg in self._pieces:

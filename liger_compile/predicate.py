@@ -14,7 +14,7 @@ that equal predicates are usually equal objects (`q - k >= 0` however it was wri
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any as Anything
 
@@ -343,6 +343,40 @@ def same_where(condition: Bool, yes: Value, no: Value) -> bool:
 
 def substituted(value: Value, position: Index, by: Linear) -> Value:
     """The value where `position` is `by`."""
+    return replaced(value, lambda atom: by if atom == position else linear(atom))
+
+
+EXTENTS = {name: linear(Index(name, linear(Size(f"extent of {name}")))) for name in "bhqk"}
+"""Positions along the dimensions of a mask, however long these are."""
+
+
+def portable(value: Value, place_of: Callable[[Anything], int]) -> Value:
+    """What is read of a mask in one graph, for others that are given it: without the sizes of that graph, and its
+    tensors by their places.
+
+    Raises:
+        Unread: it hangs on sizes that only that graph knows.
+    """
+
+    def position(atom: Index | Size) -> Linear:
+        if isinstance(atom, Size) or atom.name not in EXTENTS:
+            raise Unread(f"hangs on {atom!r}, which only one graph knows")
+        return EXTENTS[atom.name]
+
+    return replaced(value, position, place_of)
+
+
+def placed(value: Value, positions: dict[str, Linear], tensors: Sequence[Anything]) -> Value:
+    """What `portable` gave, in a graph where the mask's positions and tensors are these."""
+    return replaced(value, lambda atom: positions[atom.name], lambda place: tensors[place])
+
+
+def replaced(
+    value: Value,
+    position: Callable[[Index | Size], Linear],
+    tensor: Callable[[Anything], Anything] = lambda t: t,
+) -> Value:
+    """The value with other positions and sizes, and elements of other tensors."""
 
     def of(v: Value) -> Value:
         match v:
@@ -374,10 +408,10 @@ def substituted(value: Value, position: Index, by: Linear) -> Value:
                 return linear(element(a))
             case Quotient() | Remainder():
                 return (quotient if isinstance(a, Quotient) else remainder)(total(a.of), a.by)
-        return by if a == position else linear(a)
+        return position(a)
 
     def element(e: Element) -> Element:
-        return Element(e.tensor, tuple(map(total, e.index)))
+        return Element(tensor(e.tensor), tuple(map(total, e.index)))
 
     return of(value)
 

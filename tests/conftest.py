@@ -66,3 +66,13 @@ def registered():
     before = list(registry._PATTERNS)
     yield registry._PATTERNS
     registry._PATTERNS[:] = before
+
+
+@pytest.fixture
+def process_group():
+    """Of this process alone."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch is built without distributed")
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    yield
+    torch.distributed.destroy_process_group()

@@ -66,16 +66,6 @@ def assert_like_eager(ours, eager, args, tolerance=1e-5):
 
 
 @pytest.fixture
-def process_group():
-    """Of this process alone."""
-    if not torch.distributed.is_available():
-        pytest.skip("torch is built without distributed")
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture
 def reports(monkeypatch):
     """The reports of every graph that the backend rewrites from now on."""
     seen = []

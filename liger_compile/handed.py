@@ -1,0 +1,234 @@
+"""Attention masks that one graph makes and another is given.
+
+Where Dynamo breaks a graph (FSDP's hooks, DDP's buckets, Python in between), the layers get their mask as an input, of
+which nothing can be read. So what a mask says is noted when the graph that made it returns it. A graph that is given
+such a tensor is compiled for what that says, and asks at each call whether the tensor still says it; if not, the graph
+is compiled as any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import _torch
+from .elements import attended
+from .graph_terms import SAID, GraphTerms, call_name, value_of
+from .log import warn_once
+from .predicate import Bool, Unread, portable
+from .terms import Term
+
+Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+ATTENTION = "scaled_dot_product_attention"
+
+
+def compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: Compiler) -> Callable[..., Any]:
+    """A graph, compiled by `compiler`, which notes what the masks say that it returns, and knows what those say that it
+    is given."""
+    made = _unless_it_fails(masks_made, gm)
+    gm = gm if made is None else made.graph
+    given = _unless_it_fails(masks_given, gm, example_inputs)
+    run = specialized(gm, example_inputs, given, compiler)
+    return run if made is None else noting(made, run)
+
+
+def _unless_it_fails(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function gives at which no model must break."""
+    try:
+        return function(*args)
+    except Exception as error:
+        warn_once(f"masks from other graphs are not looked at: {type(error).__name__}: {error}")
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """What a mask says, as long as neither it nor what it was made of is written to."""
+
+    predicate: Bool
+    """Where attention may look, by the positions b, h, q and k, whatever their extents, and elements of `tensors`, by
+    their places."""
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    @classmethod
+    def by(cls, mask: Tensor, predicate: Bool, tensors: tuple[Tensor, ...]) -> Said:
+        return cls(predicate, tensors, tuple(t._version for t in (mask, *tensors)))
+
+    def holds(self, mask: Tensor) -> bool:
+        return self.versions == tuple(t._version for t in (mask, *self.tensors))
+
+    def is_like(self, other: Said) -> bool:
+        """Whether a graph that is compiled for one takes the other."""
+        return self.predicate == other.predicate and [*map(_kind, self.tensors)] == [*map(_kind, other.tensors)]
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+_SAID = WeakTensorKeyDictionary()
+"""What masks say that compiled graphs have returned: `Said` by tensor."""
+
+
+def said_of(value: Any) -> Said | None:
+    said = _SAID.get(value) if isinstance(value, Tensor) else None
+    return said if said is not None and said.holds(value) else None
+
+
+# ---- a graph that makes masks -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One among the results of a graph."""
+
+    place: int
+    predicate: Bool
+    inputs: tuple[int, ...]
+    """The places of the tensors that it reads, among the inputs of the graph and, behind these, its results."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A graph that returns masks which can be read."""
+
+    masks: list[Mask]
+    graph: fx.GraphModule
+    """The graph, whose further results are what it computes and the masks read."""
+    results: int
+    """How many results the graph has without those."""
+
+
+def masks_made(gm: fx.GraphModule) -> Made | None:
+    """The masks that a graph returns, of truth values, as far as they can be read; None if there are none."""
+    (output,) = gm.graph.find_nodes(op="output")
+    results = output.args[0] if isinstance(output.args[0], (tuple, list)) else ()
+    places = [i for i, node in enumerate(results) if _may_be_mask(node)]
+    if not places:
+        return None
+    gm = _torch.copy_module(gm)
+    view = GraphTerms.view(gm.graph)
+    (output,) = gm.graph.find_nodes(op="output")
+    known = [*gm.graph.find_nodes(op="placeholder"), *output.args[0]]
+    found = []
+    for i in places:
+        read: list[fx.Node] = []
+
+        def place_of(tensor: Term, read: list[fx.Node] = read) -> int:
+            node = view.carriers[tensor][0]
+            if len(tensor.shape) > 2 or view.is_written(node):
+                raise Unread("reads something for every pair, or something that is written to")
+            if node not in read:
+                read.append(node)
+            return read.index(node)
+
+        with contextlib.suppress(Unread):
+            term = view.read(output.args[0][i], output)  # as it is there, which may be behind a write
+            predicate = portable(attended(view, term), place_of)
+            known += [n for n in read if n not in known]
+            found.append(Mask(i, predicate, tuple(map(known.index, read))))
+    inputs = len(gm.graph.find_nodes(op="placeholder"))
+    output.args = (tuple(known[inputs:]),)
+    gm.recompile()
+    return Made(found, gm, len(results)) if found else None
+
+
+def _may_be_mask(node: Any) -> bool:
+    value = value_of(node) if isinstance(node, fx.Node) and node.op != "placeholder" else None
+    return isinstance(value, Tensor) and value.dtype is torch.bool and 2 <= value.ndim <= 4
+
+
+def noting(made: Made, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """`made.graph`, compiled, as the graph that it was, which notes what the masks that it returns say."""
+
+    def run(*inputs: Any) -> Any:
+        results = compiled(*inputs)
+        tensors = [*inputs, *results]
+        for each in made.masks:
+            mask, read = results[each.place], tuple(tensors[i] for i in each.inputs)
+            if all(_torch.is_plain_tensor(t) and not t.is_inference() for t in (mask, *read)):
+                _SAID[mask] = Said.by(mask, each.predicate, read)
+        return results[: made.results]
+
+    return run
+
+
+# ---- a graph that is given masks ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Given:
+    """A graph that is given masks of which something is known."""
+
+    said: dict[int, Said]
+    """By the places of the masks among its inputs."""
+    informed: fx.GraphModule
+    """The graph, with that noted at the masks, and with what these read as further inputs."""
+    behind: tuple[tuple[int, int], ...]
+    """Which tensor of which mask each further input is."""
+
+    def further(self, said: dict[int, Said]) -> list[Tensor]:
+        return [said[i].tensors[j] for i, j in self.behind]
+
+
+def masks_given(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Given | None:
+    """None if nothing is known of a graph's inputs, or it has no attention that may read them."""
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    calls = (n for g in graphs for n in g.nodes if n.op == "call_function")
+    if not len(_SAID) or not any(call_name(n.target) == ATTENTION for n in calls):
+        return None
+    said = {i: s for i, s in enumerate(map(said_of, example_inputs)) if s is not None}
+    return Given(said, *_informed(gm, example_inputs, said)) if said else None
+
+
+def specialized(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], given: Given | None, compiler: Compiler
+) -> Callable[..., Any]:
+    """A graph, compiled by `compiler` for what the masks say that it is given; if any do."""
+    if given is None:
+        return compiler(gm, example_inputs)
+    compiled = compiler(given.informed, [*example_inputs, *given.further(given.said)])
+
+    @functools.cache
+    def general() -> Callable[..., Any]:
+        return torch.compile(gm, backend=compiler)
+
+    def run(*inputs: Any) -> Any:
+        said = {i: said_of(inputs[i]) for i in given.said}
+        if any(s is None or not s.is_like(given.said[i]) for i, s in said.items()):
+            return general()(*inputs)
+        return compiled(*inputs, *given.further(said))
+
+    return run
+
+
+def _informed(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], given: dict[int, Said]
+) -> tuple[fx.GraphModule, tuple[tuple[int, int], ...]]:
+    gm = _torch.copy_module(gm)
+    inputs = list(gm.graph.find_nodes(op="placeholder"))
+    names = {id(example): node.name for example, node in zip(example_inputs, inputs, strict=True)}
+    behind: list[tuple[int, int]] = []
+    last = inputs[-1]
+    for i, said in given.items():
+        for j, tensor in enumerate(said.tensors):
+            if id(tensor) in names:
+                continue
+            with gm.graph.inserting_after(last):
+                last = gm.graph.placeholder(f"{inputs[i].name}_reads_{j}")
+            last._dynamo_source = None  # as of the inputs of DDP's pieces
+            last.meta["example_value"] = _torch.as_fake(tensor, value_of(inputs[i]))
+            names[id(tensor)] = last.name
+            behind.append((i, j))
+        inputs[i].meta[SAID] = said.predicate, tuple(names[id(t)] for t in said.tensors)
+    gm.recompile()
+    return gm, tuple(behind)
