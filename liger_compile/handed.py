@@ -172,12 +172,19 @@ class Given:
     said: dict[int, Said]
     """By the places of the masks among its inputs."""
     informed: fx.GraphModule
-    """The graph, with that noted at the masks, and with what these read as further inputs."""
-    behind: tuple[tuple[int, int], ...]
-    """Which tensor of which mask each further input is."""
+    """The graph, with that noted at the masks, and with what these read as further inputs, where it is not given it."""
+    reads: tuple[tuple[int, int, int], ...]
+    """(which mask, which of its tensors, the place of that among all inputs)."""
 
-    def further(self, said: dict[int, Said]) -> list[Tensor]:
-        return [said[i].tensors[j] for i, j in self.behind]
+    def inputs(self, given: Sequence[Any], said: dict[int, Said]) -> list[Any] | None:
+        """Those of the informed graph, where masks say that; None if it was not compiled for them."""
+        found = list(given)
+        for i, j, place in self.reads:
+            if place == len(found):
+                found.append(said[i].tensors[j])
+            elif found[place] is not said[i].tensors[j]:  # one tensor when it was compiled, now two
+                return None
+        return found
 
 
 def masks_given(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Given | None:
@@ -196,7 +203,7 @@ def specialized(
     """A graph, compiled by `compiler` for what the masks say that it is given; if any do."""
     if given is None:
         return compiler(gm, example_inputs)
-    compiled = compiler(given.informed, [*example_inputs, *given.further(given.said)])
+    compiled = compiler(given.informed, given.inputs(example_inputs, given.said))
 
     @functools.cache
     def general() -> Callable[..., Any]:
@@ -204,31 +211,31 @@ def specialized(
 
     def run(*inputs: Any) -> Any:
         said = {i: said_of(inputs[i]) for i in given.said}
-        if any(s is None or not s.is_like(given.said[i]) for i, s in said.items()):
-            return general()(*inputs)
-        return compiled(*inputs, *given.further(said))
+        alike = all(s is not None and s.is_like(given.said[i]) for i, s in said.items())
+        informed = given.inputs(inputs, said) if alike else None
+        return general()(*inputs) if informed is None else compiled(*informed)
 
     return run
 
 
 def _informed(
     gm: fx.GraphModule, example_inputs: Sequence[Any], given: dict[int, Said]
-) -> tuple[fx.GraphModule, tuple[tuple[int, int], ...]]:
+) -> tuple[fx.GraphModule, tuple[tuple[int, int, int], ...]]:
+    """`Given.informed` and `Given.reads`."""
     gm = _torch.copy_module(gm)
     inputs = list(gm.graph.find_nodes(op="placeholder"))
-    names = {id(example): node.name for example, node in zip(example_inputs, inputs, strict=True)}
-    behind: list[tuple[int, int]] = []
-    last = inputs[-1]
+    places = {id(example): place for place, example in enumerate(example_inputs)}
+    reads = []
     for i, said in given.items():
         for j, tensor in enumerate(said.tensors):
-            if id(tensor) in names:
-                continue
-            with gm.graph.inserting_after(last):
-                last = gm.graph.placeholder(f"{inputs[i].name}_reads_{j}")
-            last._dynamo_source = None  # as of the inputs of DDP's pieces
-            last.meta["example_value"] = _torch.as_fake(tensor, value_of(inputs[i]))
-            names[id(tensor)] = last.name
-            behind.append((i, j))
-        inputs[i].meta[SAID] = said.predicate, tuple(names[id(t)] for t in said.tensors)
+            if id(tensor) not in places:
+                with gm.graph.inserting_after(inputs[-1]):
+                    added = gm.graph.placeholder(f"{inputs[i].name}_reads_{j}")
+                added._dynamo_source = None  # as of the inputs of DDP's pieces
+                added.meta["example_value"] = _torch.as_fake(tensor, value_of(inputs[i]))
+                places[id(tensor)] = len(inputs)
+                inputs.append(added)
+            reads.append((i, j, places[id(tensor)]))
+        inputs[i].meta[SAID] = said.predicate, tuple(inputs[places[id(t)]].name for t in said.tensors)
     gm.recompile()
-    return gm, tuple(behind)
+    return gm, tuple(reads)

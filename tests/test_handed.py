@@ -176,6 +176,41 @@ def test_padding_that_both_graphs_are_given(reports):
     assert counts(reports) >= 1
 
 
+def test_one_tensor_that_becomes_two(reports):
+    """The layers' graph is given the padding too when it is compiled, and another tensor later."""
+
+    def function(q, k, v, pad, other):
+        mask = padded(q.shape[-2], pad)
+        torch._dynamo.graph_break()
+        return attend(q, k, v, mask) * (other[:, None, :, None] + 1)
+
+    compiled = torch.compile(function, backend="liger")
+    pad = padding()
+    assert_like_eager(compiled, function, *heads(), pad, pad)
+    assert counts(reports) == 1
+    assert_like_eager(compiled, function, *heads(), pad, torch.randint(0, 2, pad.shape))
+    assert_like_eager(compiled, function, *heads(), 1 - pad, torch.randint(0, 2, pad.shape))
+    assert_like_eager(compiled, function, *heads(), padding(), pad)
+
+
+def test_two_masks(reports):
+    """One of which comes to say something else, as the window of another layer, and of other padding."""
+
+    def function(q, k, v, pads):
+        near, far = (padded(q.shape[-2], pad) for pad in pads)
+        near = near & window(q.shape[-2])
+        torch._dynamo.graph_break()
+        return attend(q, k, v, near) + attend(v, q, k, far)
+
+    compiled = torch.compile(lambda q, k, v, a, b: function(q, k, v, (a, b)), backend="liger")
+    plain = lambda q, k, v, a, b: function(q, k, v, (a, b))  # noqa: E731
+    pad = padding()
+    assert_like_eager(compiled, plain, *heads(), pad, pad)
+    assert counts(reports) == 2
+    for a, b in ((pad, 1 - pad), (1 - pad, pad), (padding(), padding()), (pad, pad)):
+        assert_like_eager(compiled, plain, *heads(), a, b)
+
+
 def test_inference(reports):
     function = broken(causal)
     compiled = torch.compile(function, backend="liger")
