@@ -112,9 +112,9 @@ class _Reader:
             caller, passed = self.view.given[term]
             return _Reader(caller).element(passed, at)
         if term in self.view.said and not self.view.is_written(self.view.carriers[term][0]):
-            predicate, inputs = self.view.said[term]
+            value, inputs = self.view.said[term]
             by_name = dict(zip("bhqk"[4 - len(at) :], at, strict=True))
-            return placed(predicate, by_name, [self.view.of[n] for n in inputs])
+            return placed(value, by_name, [self.view.of[n] for n in inputs])
         rule = _CALLS.get(term.args[0]) if term.op == "call" else _OPERATIONS.get(term.op)
         try:
             if rule is None:

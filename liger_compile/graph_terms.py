@@ -114,7 +114,7 @@ class GraphTerms:
     masks: dict[Term, Any] = field(default_factory=dict)
     """What has been read of attention masks, which all layers share."""
     said: dict[Term, tuple[Any, tuple[fx.Node, ...]]] = field(default_factory=dict)
-    """What inputs say that are masks: a predicate for any graph, and the inputs that it reads; see `handed.py`."""
+    """What inputs say that are masks: a value for any graph, and the inputs that it reads; see `handed.py`."""
     borrowed: list[fx.Node] = field(default_factory=list)
     """The nodes of that graph which this one now takes as further inputs, behind those it has."""
     _pieces: dict[fx.Node, tuple[Any, ...]] = field(default_factory=dict)
@@ -137,8 +137,8 @@ class GraphTerms:
             self._visit(node)
         for node in self.nodes:
             if SAID in node.meta:
-                predicate, names = node.meta[SAID]
-                self.said[self.of[node]] = predicate, tuple(n for name in names for n in self.nodes if n.name == name)
+                value, names = node.meta[SAID]
+                self.said[self.of[node]] = value, tuple(n for name in names for n in self.nodes if n.name == name)
         return self
 
     def inputs_from(self, caller: GraphTerms, operands: Sequence[Any]) -> None:

@@ -19,10 +19,11 @@ from torch import Tensor, fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import _torch
-from .elements import attended
+from .elements import positions
+from .elements import read as read_element
 from .graph_terms import SAID, GraphTerms, call_name, value_of
 from .log import warn_once
-from .predicate import Bool, Unread, portable
+from .predicate import Unread, Value, portable
 from .terms import Term
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -33,11 +34,41 @@ ATTENTION = "scaled_dot_product_attention"
 def compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: Compiler) -> Callable[..., Any]:
     """A graph, compiled by `compiler`, which notes what the masks say that it returns, and knows what those say that it
     is given."""
-    made = _unless_it_fails(masks_made, gm)
-    gm = gm if made is None else made.graph
+    noting = functools.partial(_noting, compiler=compiler)
     given = _unless_it_fails(masks_given, gm, example_inputs)
-    run = specialized(gm, example_inputs, given, compiler)
-    return run if made is None else noting(made, run)
+    if given is None:
+        return noting(gm, example_inputs)
+    informed = noting(given.informed, given.inputs(example_inputs, given.said))
+
+    @functools.cache
+    def general() -> Callable[..., Any]:
+        return torch.compile(gm, backend=noting)
+
+    def run(*inputs: Any) -> Any:
+        said = {i: said_of(inputs[i]) for i in given.said}
+        alike = all(s is not None and s.is_like(given.said[i]) for i, s in said.items())
+        known = given.inputs(inputs, said) if alike else None
+        return general()(*inputs) if known is None else informed(*known)
+
+    return run
+
+
+def _noting(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: Compiler) -> Callable[..., Any]:
+    made = _unless_it_fails(masks_made, gm)
+    if made is None:
+        return compiler(gm, example_inputs)
+    run = compiler(made.graph, example_inputs)
+
+    def note(*inputs: Any) -> Any:
+        results = run(*inputs)
+        tensors = [*inputs, *results]
+        for each in made.masks:
+            mask, read = results[each.place], tuple(tensors[i] for i in each.inputs)
+            if all(_torch.is_plain_tensor(t) and not t.is_inference() for t in (mask, *read)):
+                _SAID[mask] = Said.by(mask, each.value, read)
+        return results[: made.results]
+
+    return note
 
 
 def _unless_it_fails(function: Callable[..., Any], *args: Any) -> Any:
@@ -51,24 +82,24 @@ def _unless_it_fails(function: Callable[..., Any], *args: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Said:
-    """What a mask says, as long as neither it nor what it was made of is written to."""
+    """What a mask says, or integers that masks are made of, as long as neither it nor what it reads is written to."""
 
-    predicate: Bool
-    """Where attention may look, by the positions b, h, q and k, whatever their extents, and elements of `tensors`, by
-    their places."""
+    value: Value
+    """An element by its position, b, h, q and k or the last of these, whatever their extents, and by elements of
+    `tensors`, which are named by their places."""
     tensors: tuple[Tensor, ...]
     versions: tuple[int, ...]
 
     @classmethod
-    def by(cls, mask: Tensor, predicate: Bool, tensors: tuple[Tensor, ...]) -> Said:
-        return cls(predicate, tensors, tuple(t._version for t in (mask, *tensors)))
+    def by(cls, mask: Tensor, value: Value, tensors: tuple[Tensor, ...]) -> Said:
+        return cls(value, tensors, tuple(t._version for t in (mask, *tensors)))
 
     def holds(self, mask: Tensor) -> bool:
         return self.versions == tuple(t._version for t in (mask, *self.tensors))
 
     def is_like(self, other: Said) -> bool:
         """Whether a graph that is compiled for one takes the other."""
-        return self.predicate == other.predicate and [*map(_kind, self.tensors)] == [*map(_kind, other.tensors)]
+        return self.value == other.value and [*map(_kind, self.tensors)] == [*map(_kind, other.tensors)]
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
@@ -92,7 +123,7 @@ class Mask:
     """One among the results of a graph."""
 
     place: int
-    predicate: Bool
+    value: Value
     inputs: tuple[int, ...]
     """The places of the tensors that it reads, among the inputs of the graph and, behind these, its results."""
 
@@ -109,9 +140,8 @@ class Made:
 
 
 def masks_made(gm: fx.GraphModule) -> Made | None:
-    """The masks that a graph returns, of truth values, as far as they can be read; None if there are none."""
-    (output,) = gm.graph.find_nodes(op="output")
-    results = output.args[0] if isinstance(output.args[0], (tuple, list)) else ()
+    """The masks that a graph returns, as far as they can be read; None if there are none."""
+    results = _results(gm)
     places = [i for i, node in enumerate(results) if _may_be_mask(node)]
     if not places:
         return None
@@ -133,33 +163,31 @@ def masks_made(gm: fx.GraphModule) -> Made | None:
 
         with contextlib.suppress(Unread):
             term = view.read(output.args[0][i], output)  # as it is there, which may be behind a write
-            predicate = portable(attended(view, term), place_of)
+            value = portable(read_element(view, term, positions(term.shape, "bhqk"[4 - len(term.shape) :])), place_of)
+            if read and term.dtype is not torch.bool:
+                continue  # of what else is read, nothing is gained
             known += [n for n in read if n not in known]
-            found.append(Mask(i, predicate, tuple(map(known.index, read))))
+            found.append(Mask(i, value, tuple(map(known.index, read))))
     inputs = len(gm.graph.find_nodes(op="placeholder"))
     output.args = (tuple(known[inputs:]),)
     gm.recompile()
     return Made(found, gm, len(results)) if found else None
 
 
+def _results(gm: fx.GraphModule) -> Sequence[Any]:
+    (output,) = gm.graph.find_nodes(op="output")
+    return output.args[0] if isinstance(output.args[0], (tuple, list)) else ()
+
+
 def _may_be_mask(node: Any) -> bool:
+    """Truth values for a query and a key at least; or integers that masks may be made of, such as position ids."""
     value = value_of(node) if isinstance(node, fx.Node) and node.op != "placeholder" else None
-    return isinstance(value, Tensor) and value.dtype is torch.bool and 2 <= value.ndim <= 4
+    if not isinstance(value, Tensor):
+        return False
+    return 2 <= value.ndim <= 4 if value.dtype is torch.bool else 1 <= value.ndim <= 2 and value.dtype in INTEGERS
 
 
-def noting(made: Made, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """`made.graph`, compiled, as the graph that it was, which notes what the masks that it returns say."""
-
-    def run(*inputs: Any) -> Any:
-        results = compiled(*inputs)
-        tensors = [*inputs, *results]
-        for each in made.masks:
-            mask, read = results[each.place], tuple(tensors[i] for i in each.inputs)
-            if all(_torch.is_plain_tensor(t) and not t.is_inference() for t in (mask, *read)):
-                _SAID[mask] = Said.by(mask, each.predicate, read)
-        return results[: made.results]
-
-    return run
+INTEGERS = (torch.int64, torch.int32)
 
 
 # ---- a graph that is given masks ----------------------------------------------------------------------------------
@@ -188,34 +216,16 @@ class Given:
 
 
 def masks_given(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Given | None:
-    """None if nothing is known of a graph's inputs, or it has no attention that may read them."""
-    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
-    calls = (n for g in graphs for n in g.nodes if n.op == "call_function")
-    if not len(_SAID) or not any(call_name(n.target) == ATTENTION for n in calls):
+    """None if nothing is known of a graph's inputs, or it has neither attention nor masks that may read them."""
+    said = {i: s for i, s in enumerate(map(said_of, example_inputs)) if s is not None} if len(_SAID) else {}
+    if not said or not (_attends(gm) or any(map(_may_be_mask, _results(gm)))):
         return None
-    said = {i: s for i, s in enumerate(map(said_of, example_inputs)) if s is not None}
-    return Given(said, *_informed(gm, example_inputs, said)) if said else None
+    return Given(said, *_informed(gm, example_inputs, said))
 
 
-def specialized(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], given: Given | None, compiler: Compiler
-) -> Callable[..., Any]:
-    """A graph, compiled by `compiler` for what the masks say that it is given; if any do."""
-    if given is None:
-        return compiler(gm, example_inputs)
-    compiled = compiler(given.informed, given.inputs(example_inputs, given.said))
-
-    @functools.cache
-    def general() -> Callable[..., Any]:
-        return torch.compile(gm, backend=compiler)
-
-    def run(*inputs: Any) -> Any:
-        said = {i: said_of(inputs[i]) for i in given.said}
-        alike = all(s is not None and s.is_like(given.said[i]) for i, s in said.items())
-        informed = given.inputs(inputs, said) if alike else None
-        return general()(*inputs) if informed is None else compiled(*informed)
-
-    return run
+def _attends(gm: fx.GraphModule) -> bool:
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    return any(n.op == "call_function" and call_name(n.target) == ATTENTION for g in graphs for n in g.nodes)
 
 
 def _informed(
@@ -236,6 +246,6 @@ def _informed(
                 places[id(tensor)] = len(inputs)
                 inputs.append(added)
             reads.append((i, j, places[id(tensor)]))
-        inputs[i].meta[SAID] = said.predicate, tuple(inputs[places[id(t)]].name for t in said.tensors)
+        inputs[i].meta[SAID] = said.value, tuple(inputs[places[id(t)]].name for t in said.tensors)
     gm.recompile()
     return gm, tuple(reads)

@@ -176,6 +176,23 @@ def test_padding_that_both_graphs_are_given(reports):
     assert counts(reports) >= 1
 
 
+def test_positions_from_another_graph(reports):
+    """Of which a graph in between makes the mask: the documents in them are known to be one."""
+
+    def function(q, k, v, pad):
+        ids = torch.arange(q.shape[-2])[None]
+        torch._dynamo.graph_break()
+        mask = documents(q.shape[-2], torch.diff(ids, prepend=ids[:, :1] - 1).expand(2, -1))
+        torch._dynamo.graph_break()
+        return attend(q, k, v, mask)
+
+    compiled = torch.compile(function, backend="liger")
+    for _ in range(2):
+        assert_like_eager(compiled, function, *heads(), padding())
+    (match,) = (m for r in reports for m in r.matches)
+    assert match.effect == "half of the scores"  # not FlexAttention's
+
+
 def test_one_tensor_that_becomes_two(reports):
     """The layers' graph is given the padding too when it is compiled, and another tensor later."""
 
@@ -298,6 +315,6 @@ def test_only_masks_are_noted(reports):
     handed._SAID.clear()
     results = torch.compile(function, backend="liger")(*heads(), padding())
     assert [handed.said_of(r) is not None for r in results] == [True, True, False, False, False]
-    assert repr(handed.said_of(results[0]).predicate) == "q - k >= 0"
+    assert repr(handed.said_of(results[0]).value) == "q - k >= 0"
     results[0][0, 0, 0, 5] = True
     assert handed.said_of(results[0]) is None
