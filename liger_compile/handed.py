@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,19 +153,21 @@ def masks_made(gm: fx.GraphModule) -> Made | None:
     found = []
     for i in places:
         read: list[fx.Node] = []
+        mask = view.read(output.args[0][i], output)  # as it is there, which may be behind a write
 
-        def place_of(tensor: Term, read: list[fx.Node] = read) -> int:
+        def place_of(tensor: Term, read: list[fx.Node] = read, mask: Term = mask) -> int:
             node = view.carriers[tensor][0]
             if len(tensor.shape) > 2 or view.is_written(node):
                 raise Unread("reads something for every pair, or something that is written to")
+            if node.op != "placeholder" and not _is_small(tensor, mask):
+                raise Unread("reads what would be held for it alone")
             if node not in read:
                 read.append(node)
             return read.index(node)
 
         with contextlib.suppress(Unread):
-            term = view.read(output.args[0][i], output)  # as it is there, which may be behind a write
-            value = portable(read_element(view, term, positions(term.shape, "bhqk"[4 - len(term.shape) :])), place_of)
-            if read and term.dtype is not torch.bool:
+            value = portable(read_element(view, mask, positions(mask.shape, "bhqk"[4 - len(mask.shape) :])), place_of)
+            if read and mask.dtype is not torch.bool:
                 continue  # of what else is read, nothing is gained
             known += [n for n in read if n not in known]
             found.append(Mask(i, value, tuple(map(known.index, read))))
@@ -172,6 +175,12 @@ def masks_made(gm: fx.GraphModule) -> Made | None:
     output.args = (tuple(known[inputs:]),)
     gm.recompile()
     return Made(found, gm, len(results)) if found else None
+
+
+def _is_small(tensor: Term, mask: Term) -> bool:
+    """Whether a tensor is certain to have at most half as many elements as a mask."""
+    known = all(isinstance(n, int) for n in (*tensor.shape, *mask.shape))
+    return known and 2 * math.prod(tensor.shape) <= math.prod(mask.shape)
 
 
 def _results(gm: fx.GraphModule) -> Sequence[Any]:

@@ -308,13 +308,14 @@ def test_distributed(reports, process_group, make, kind):
 
 def test_only_masks_are_noted(reports):
     def function(q, k, v, pad):
-        """A result that is read, one of data, one that hangs on something for every pair, and floats."""
+        """A result that is read, two of data, of which one is made of as much, one that hangs on something for every
+        pair, and floats."""
         pairs = pad[:, None, :].cumsum(-1) > pad[:, :, None].cumsum(1)
-        return causal(T), pad != 0, pairs.cumsum(-1)[:, None] > 3, q * 2, torch.zeros(2, 1, T, T)
+        return causal(T), pad != 0, pad.cumsum(-1) > 3, pairs.cumsum(-1)[:, None] > 3, q * 2, torch.zeros(2, 1, T, T)
 
     handed._SAID.clear()
     results = torch.compile(function, backend="liger")(*heads(), padding())
-    assert [handed.said_of(r) is not None for r in results] == [True, True, False, False, False]
+    assert [handed.said_of(r) is not None for r in results] == [True, True, False, False, False, False]
     assert repr(handed.said_of(results[0]).value) == "q - k >= 0"
     results[0][0, 0, 0, 5] = True
     assert handed.said_of(results[0]) is None
