@@ -81,9 +81,7 @@ def fake_mode(shape_env: Any = None) -> Any:
 
 
 def as_fake(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A tensor without its data, of the size it has, in the mode of `like`. Checked on 2.11, 2.13,
-    2.14.
-    """
+    """A tensor without its data, of the size it has, in the mode of `like`. Checked on 2.11 to 2.14."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     if not isinstance(like, FakeTensor):

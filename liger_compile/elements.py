@@ -115,7 +115,7 @@ class _Reader:
             value, inputs = self.view.said[term]
             by_name = dict(zip("bhqk"[4 - len(at) :], at, strict=True))
             return placed(value, by_name, [self.view.of[n] for n in inputs])
-        rule = _CALLS.get(term.args[0]) if term.op == "call" else _OPERATIONS.get(term.op)
+        rule = _rule_of(term)
         try:
             if rule is None:
                 raise Unread(f"is {term!r}")
@@ -148,6 +148,13 @@ _OPERATIONS: dict[str, Rule] = {}
 """Of canonical terms, by what they are called in `rules.py`."""
 _CALLS: dict[str, Rule] = {}
 """Of other calls, by torch's name. `x.repeat(1, 2)` is one, and is not what a canonical `repeat` is."""
+
+
+def _rule_of(term: Term) -> Rule | None:
+    if term.op != "call":
+        return _OPERATIONS.get(term.op)
+    name = term.args[0]
+    return _CALLS.get(name) or _CALLS.get(str(name).removesuffix("_"))  # written in place: what is there afterwards
 
 
 def _into(table: dict[str, Rule], names: tuple[str, ...]) -> Callable[[Rule], Rule]:
@@ -548,13 +555,6 @@ def _cumsum(r: _Reader, term: Term, at: Index, x: Term, dim: int, dtype: Any = N
     if not isinstance(value, Linear) or not value.is_constant:
         raise Unread("adds up values that differ")
     return scaled(plus(at[dim], linear(1)), value.const)  # c + c + ... -> (i + 1) * c
-
-
-for _name in (
-    *("add", "sub", "mul", "floor_divide", "remainder", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not"),
-    *("logical_and", "logical_or", "logical_not", "masked_fill", "tril", "triu"),
-):
-    _CALLS[f"{_name}_"] = _CALLS[_name]  # what is written in place, as it is afterwards
 
 
 # ---- masks --------------------------------------------------------------------------------------------------------

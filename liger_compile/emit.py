@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 from collections.abc import Callable
@@ -143,10 +144,8 @@ def emit(view: GraphTerms, site: Site, moved: dict[fx.Node, fx.Node]) -> tuple[l
         read = {i for n in (*site.outputs, *site.interior) for i in n.all_input_nodes}
         here = view.position[site.before]
         preferred = frozenset(n for n in read if view.position[n] < here and not view.is_written(n))
-        try:
+        with contextlib.suppress(Illegal):
             return _emitted(Emitter(view, site, moved, preferred))
-        except Illegal:
-            pass
         raise
 
 

@@ -135,10 +135,11 @@ class GraphTerms:
             region = _region_after(node, region)
             self.region[node] = region
             self._visit(node)
-        for node in self.nodes:
+        inputs = {node.name: node for node in self.nodes if node.op == "placeholder"}
+        for node in inputs.values():
             if SAID in node.meta:
                 value, names = node.meta[SAID]
-                self.said[self.of[node]] = value, tuple(n for name in names for n in self.nodes if n.name == name)
+                self.said[self.of[node]] = value, tuple(inputs[name] for name in names)
         return self
 
     def inputs_from(self, caller: GraphTerms, operands: Sequence[Any]) -> None:
@@ -202,8 +203,7 @@ class GraphTerms:
         if name is None or len(changed) != 1 or changed[0] is not value_of(node.args[0]):
             return None
         try:
-            args = [self.read(a, node) for a in node.args]
-            kwargs = {k: self.read(v, node) for k, v in node.kwargs.items()}
+            args, kwargs = self._arguments(node)
         except NotCanonical:
             return None
         bound = args if name == "setitem" else _torch.bind_schema(name, args, kwargs)
@@ -223,8 +223,7 @@ class GraphTerms:
             return pieces[index] if isinstance(index, int) and index < len(pieces) else None
         name = call_name(node.target)
         try:
-            args = [self.read(a, node) for a in node.args]
-            kwargs = {k: self.read(v, node) for k, v in node.kwargs.items()}
+            args, kwargs = self._arguments(node)
         except NotCanonical:
             return None
         if node.op == "call_method" and name == "where" and len(args) > 1:
@@ -236,6 +235,10 @@ class GraphTerms:
         else:
             call = Call(self.terms, parts=tuple(value))
         return canonical(call, name, node.target, args, kwargs, unique=node.name)
+
+    def _arguments(self, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+        """Those of a call, as it sees them."""
+        return [self.read(a, node) for a in node.args], {k: self.read(v, node) for k, v in node.kwargs.items()}
 
     def read(self, arg: Any, reader: fx.Node) -> Any:
         """An argument as the reader sees it: a term, a number, or containers of these."""

@@ -76,3 +76,25 @@ def process_group():
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """The reports of every graph that the backend rewrites from now on."""
+    from liger_compile import backend, rewrite
+
+    seen = []
+
+    def recording(gm, options=None):
+        report = rewrite(gm, options)
+        seen.append(report)
+        return report
+
+    monkeypatch.setattr(backend, "rewrite", recording)
+    return seen
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """FlexAttention also where it is not fast: small, and on the CPU, where the op makes the mask again."""
+    monkeypatch.setattr("liger_compile.patterns.attention._unfit", lambda match, seen: None)

@@ -338,12 +338,6 @@ def test_flex_attention_takes_what_is_read(everywhere, mask):
     assert_same(attend(mask), heads())
 
 
-@pytest.fixture
-def everywhere(monkeypatch):
-    """FlexAttention also where it is not fast: small, and on the CPU, where the op makes the mask again."""
-    monkeypatch.setattr("liger_compile.patterns.attention._unfit", lambda match, seen: None)
-
-
 def test_data_is_given_to_flex_attention(everywhere):
     def function(q, k, v, padding):
         i = torch.arange(q.shape[-2])

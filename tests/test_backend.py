@@ -66,20 +66,6 @@ def assert_like_eager(ours, eager, args, tolerance=1e-5):
 
 
 @pytest.fixture
-def reports(monkeypatch):
-    """The reports of every graph that the backend rewrites from now on."""
-    seen = []
-
-    def recording(gm, options=None):
-        report = rewrite(gm, options)
-        seen.append(report)
-        return report
-
-    monkeypatch.setattr(backend, "rewrite", recording)
-    return seen
-
-
-@pytest.fixture
 def configs(monkeypatch):
     """What Inductor is asked for, beside fusions; aot_eager stands in for it, which takes a tenth of the time."""
     seen = []

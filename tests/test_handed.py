@@ -56,20 +56,7 @@ def padding(length=T):
     return (torch.arange(length) < torch.tensor([[length], [length - 7]])).long()
 
 
-@pytest.fixture
-def reports(monkeypatch):
-    """Of the graphs that are compiled from now on, with FlexAttention also where it is not fast."""
-    seen = []
-    original = torch._dynamo.lookup_backend("liger").__globals__["_rewritten"]
-
-    def rewritten(gm, options):
-        seen.append(original(gm, options))
-        return seen[-1]
-
-    torch._dynamo.reset()
-    monkeypatch.setattr("liger_compile.backend._rewritten", rewritten)
-    monkeypatch.setattr("liger_compile.patterns.attention._unfit", lambda match, seen: None)
-    return seen
+pytestmark = pytest.mark.usefixtures("everywhere")
 
 
 def counts(reports):
