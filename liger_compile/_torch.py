@@ -155,6 +155,11 @@ def known_true(condition: Any) -> bool:
     return bool(guard_or_false(condition))
 
 
+def known_equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal; it becomes a guard, if neither is known."""
+    return known_true(a == b)
+
+
 def same_sizes(a: Any, b: Any) -> bool:
     """Whether two shapes, or strides, are known to be equal, without adding a guard. Checked on 2.11, 2.13."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true

@@ -76,15 +76,16 @@ class Emitter:
         return self._made[value]
 
     def size(self, value: torch.SymInt) -> fx.Node:
-        """A size that only the compiler knows: the node that holds it, or the size of an operand."""
+        """A size that only the compiler knows: the node that holds it, the size of an operand, or either and so much
+        more."""
         here = self.view.position[self._here()]
-        for node in self.view.nodes[:here]:
-            if isinstance(value_of(node), torch.SymInt) and same(value_of(node), value):
-                return node
-        for _, term in operands(self.site.match):
-            for dim, extent in enumerate(term.shape):
-                if same(extent, value):
-                    return self.node("call_method", "size", (self.operand(term), dim))
+        held = [(value_of(n), n, None) for n in self.view.nodes[:here] if isinstance(value_of(n), torch.SymInt)]
+        held += [(n, term, dim) for _, term in operands(self.site.match) for dim, n in enumerate(term.shape)]
+        more = [_torch.constant(value - size) for size, _, _ in held]
+        for nearest in sorted({n for n in more if n is not None}, key=abs):
+            _, of, dim = held[more.index(nearest)]
+            found = of if dim is None else self.node("call_method", "size", (self.operand(of), dim))
+            return found if nearest == 0 else self.node("call_function", operator.add, (found, nearest))
         raise Illegal(f"{value} is a size that only the compiler knows")
 
     def undo(self) -> None:
@@ -92,12 +93,12 @@ class Emitter:
             self.view.graph.erase_node(node)
 
 
-def _sizes(shape: tuple[Any, ...]) -> list[int]:
-    """A shape as literal arguments: at most one extent may be symbolic."""
+def _sizes(e: Emitter, shape: tuple[Any, ...]) -> list[Any]:
+    """A shape as arguments. One extent that is symbolic follows from the others, further ones must be in the graph."""
     known = [_torch.constant(n) for n in shape]
-    if known.count(None) > 1:
-        raise Illegal(f"the shape {shape} has more than one symbolic size")
-    return [-1 if n is None else n for n in known]
+    if None in known:
+        known[known.index(None)] = -1
+    return [e.size(symbol) if n is None else n for n, symbol in zip(known, shape, strict=True)]
 
 
 def _slice(e: Emitter, x: Term, dim: int, lo: Any, hi: Any, step: int) -> fx.Node:
@@ -118,7 +119,7 @@ def _slice(e: Emitter, x: Term, dim: int, lo: Any, hi: Any, step: int) -> fx.Nod
 
 _IMPLICIT: dict[str, Callable[..., fx.Node]] = {
     "cast": lambda e, x, dtype: e.node("call_method", "to", (e.operand(x), dtype)),
-    "reshape": lambda e, x, shape: e.node("call_method", "reshape", (e.operand(x), *_sizes(shape))),
+    "reshape": lambda e, x, shape: e.node("call_method", "reshape", (e.operand(x), *_sizes(e, shape))),
     "permute": lambda e, x, order: e.node("call_method", "permute", (e.operand(x), *_full(x, order))),
     "slice": _slice,
     "linear": lambda e, x, w, b: e.node(
@@ -143,7 +144,8 @@ def emit(view: GraphTerms, site: Site, moved: dict[fx.Node, fx.Node]) -> tuple[l
         # such as x.transpose(1, 2).contiguous().transpose(1, 2).
         read = {i for n in (*site.outputs, *site.interior) for i in n.all_input_nodes}
         here = view.position[site.before]
-        preferred = frozenset(n for n in read if view.position[n] < here and not view.is_written(n))
+        before = (n for n in read if view.position.get(n, here) < here)  # what another rewrite has put in has none
+        preferred = frozenset(n for n in before if not view.is_written(n))
         with contextlib.suppress(Illegal):
             return _emitted(Emitter(view, site, moved, preferred))
         raise

@@ -124,7 +124,7 @@ _FAMILIES = (
     {"rsqrt", "sqrt", "reciprocal", "pow"},
     {"mean", "sum", "amax", "var", "std"},
     {"cat", "stack", "interleave"},
-    {"cross_entropy", "cross_entropy_of_probabilities", "nll_loss", "kl_div", "mse_loss"},
+    {"cross_entropy", "cross_entropy_of_probabilities", "nll_loss", "kl_div", "mse_loss", "pick"},
 )
 _COMMON = {"add", "sub", "mul", "div", "neg", "cast", "slice", "select", "cat", "reshape", "permute", "expand"}
 _HALF = (torch.float16, torch.bfloat16)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from . import _torch
 from .terms import Expr, PatternError, Term, Terms, arith, same, size
 
 
@@ -235,6 +236,9 @@ def add(c: Call, x: Any, other: Any, *, alpha: Any = 1) -> Term:
 def sub(c: Call, x: Any, other: Any, *, alpha: Any = 1) -> Term:
     if not same(alpha, 1):
         raise NotCanonical("scales an operand")
+    for picked, total in ((x, other), (other, x)):
+        if (loss := _loss_of_picked(c, picked, total)) is not None:
+            return neg(c, loss) if picked is x else loss  # z[y] - logsumexp(z) -> -cross_entropy(z, y)
     return elementwise(c, "sub", x, other)
 
 
@@ -344,6 +348,16 @@ def _log_softmax(c: Call, x: Term, dim: Any = None, _stacklevel: Any = 3, dtype:
     return elementwise(c, "log_softmax", x if dtype is None else cast(c, x, dtype), _negative(x, dim))
 
 
+@rule("logsumexp")
+def _logsumexp(c: Call, x: Term, dim: Any, keepdim: Any = False) -> Term:
+    """That of each row, in the shape it is given in the end."""
+    if isinstance(dim, (tuple, list)) and len(dim) == 1:
+        (dim,) = dim
+    if _negative(x, dim) != -1 or (x.shape is not None and len(x.shape) < 2):
+        raise NotCanonical("is not taken of rows")
+    return _of_flat(c, "logsumexp", x if c.shape is None else _flat_rows(c, x), -1)
+
+
 # ---- moving data --------------------------------------------------------------------------------------------------
 
 
@@ -371,7 +385,7 @@ def slice_(c: Call, x: Term, dim: int, lo: Any, hi: Any, step: Any = 1) -> Term:
         return slice_(c, inner, dim, arith("add", start, lo), arith("add", start, hi), step)  # x[a:][b:c] -> x[a+b:a+c]
     if x.op == "slice" and dim < x.args[1]:  # nested slices in the order of their dimensions
         return slice_(c, slice_(c, x.args[0], dim, lo, hi, step), *x.args[1:])
-    if dim != -1 and _is_rowwise(x):
+    if dim != -1 and (_is_rowwise(x) or _is_log_softmax(x)):
         return _of_rows(c, x, lambda y: slice_(c, y, dim, lo, hi, step))
     shape = None
     if x.shape is not None:
@@ -394,6 +408,11 @@ def _is_rowwise(x: Term) -> bool:
 
 def _is_columns(x: Term) -> bool:
     return x.op == "slice" and x.args[1] == -1 and x.args[4] == 1
+
+
+def _is_log_softmax(x: Term) -> bool:
+    """Of a linear layer's outputs: rows of it are those of the input too, but columns are not."""
+    return x.op == "log_softmax" and x.args[1] == -1 and _is_rowwise(x.args[0])
 
 
 def _of_rows(c: Call, x: Term, move: Callable[[Term], Term]) -> Term:
@@ -554,7 +573,7 @@ def reshape_to(c: Call, x: Term, shape: Any) -> Term:
         inner, dim, _ = x.args  # mean(x, dim).unsqueeze(dim) -> mean(x, dim, keepdim=True)
         if inner.shape is not None and same(shape, (*inner.shape[:dim], 1, *inner.shape[len(inner.shape) + dim + 1 :])):
             return c.step(x.op, inner, dim, True, dtype=x.dtype, shape=shape)
-    if shape and x.shape and same(shape[-1], x.shape[-1]) and _is_rowwise(x):
+    if shape and x.shape and same(shape[-1], x.shape[-1]) and (_is_rowwise(x) or _is_log_softmax(x)):
         return _of_rows(c, x, lambda y: reshape_to(c, y, (*shape[:-1], y.shape[-1])))
     return c.step("reshape", x, shape, dtype=x.dtype, shape=shape)
 
@@ -572,6 +591,56 @@ def _repeated(c: Call, x: Term, shape: tuple[Any, ...]) -> Term | None:
         return None
     whole = reshape_to(c, x.args[0], (*inner[:d], *inner[d + 1 :]))
     return c.step("repeat", whole, d - rank, n, dtype=x.dtype, shape=shape)
+
+
+@rule("gather")
+def _gather(c: Call, x: Term, dim: Any, index: Term, *, sparse_grad: Any = False) -> Term:
+    """One element of each row of log-probabilities, or of a linear layer's outputs."""
+    if _negative(x, dim) != -1 or sparse_grad:
+        raise NotCanonical("takes more than one element of each row")
+    if not (x.op == "log_softmax" and x.args[1] == -1) and not _is_rowwise(x):
+        raise NotCanonical("takes no log-probabilities, and no outputs of a linear layer")
+    if c.shape is None:
+        if index.op != "reshape":
+            raise PatternError("takes elements by an index that is not index.unsqueeze(-1)")
+        index = index.args[0]
+    else:
+        one = (*x.shape[:-1], 1)
+        if len(one) < 2 or len(index.shape) != len(one) or not all(map(_torch.known_equal, index.shape, one)):
+            raise NotCanonical("takes more than one element of each row")
+        x = _flat_rows(c, x)
+        index = reshape_to(c, index, x.shape[:1])
+    if x.op == "log_softmax":
+        return neg(c, _loss_of_rows(c, x.args[0], index))  # log_softmax(z)[y] -> -cross_entropy(z, y)
+    return _of_flat(c, "pick", x, index)
+
+
+@rule("take_along_dim")
+def _take_along_dim(c: Call, x: Term, indices: Term, dim: Any = None) -> Term:
+    if indices.shape is not None and not same(indices.shape, c.shape):
+        raise NotCanonical("broadcasts its index")
+    return _gather(c, x, dim, indices)
+
+
+def _loss_of_picked(c: Call, picked: Any, total: Any) -> Term | None:
+    """logsumexp(z) - z[y] -> cross_entropy(z, y)"""
+    if not (_is_tensor(picked) and _is_tensor(total)):
+        return None
+    z, lse = (t.args[0] if t.op == "reshape" else t for t in (picked, total))
+    if z.op != "pick" or lse.op != "logsumexp" or z.args[0] is not lse.args[0] or not same(picked.shape, total.shape):
+        return None
+    return _loss_of_rows(c, *z.args)
+
+
+def _loss_of_rows(c: Call, rows: Term, target: Term) -> Term:
+    return _of_flat(c, "cross_entropy", _head(c, rows), target, None, NONE_IGNORED, "none", 0.0)
+
+
+def _of_flat(c: Call, op: str, rows: Term, *args: Any) -> Term:
+    """An operation with one result for each of [n, C] rows, in the shape of the call's result."""
+    if c.shape is None:
+        return elementwise(c, op, rows, *args)
+    return reshape_to(c, elementwise(Call(c.terms, c.dtype, rows.shape[:1]), op, rows, *args), c.shape)
 
 
 @rule("repeat_interleave")
@@ -653,6 +722,8 @@ def _reshape(c: Call, x: Term, *args: Any, **kwargs: Any) -> Term:
     if any(isinstance(a, torch.dtype) for a in args):
         raise NotCanonical("reinterprets the bits")
     if c.shape is None:
+        if len(args) == 1 and isinstance(args[0], Term):
+            return c.step("reshape", x, args[0], dtype=x.dtype)  # in a pattern, an operand: the whole shape
         raise PatternError("gives a shape that a pattern cannot know: write the pattern without it")
     return reshape_to(c, x, c.shape)
 
@@ -813,14 +884,21 @@ def _rms_norm(c: Call, x: Term, normalized_shape: Any, weight: Any = None, eps: 
     return c("rms_norm", x, weight, torch.finfo(torch.float32).eps if eps is None else eps)
 
 
+NONE_IGNORED = torch.iinfo(torch.int64).min
+"""The ignore_index of losses that have none: a label that cannot be looked up."""
+
+
 def _rows(c: Call, x: Term) -> Term:
     """[N, C, d...] or [N, C] logits as rows [n, C]."""
     if x.shape is None or len(x.shape) == 2:
         return x
     if len(x.shape) < 2:
         raise NotCanonical("has no batch")
-    moved = _move_dim(c, x, 1 - len(x.shape), -1)
-    return reshape_to(c, moved, (math.prod(moved.shape[:-1]), moved.shape[-1]))
+    return _flat_rows(c, _move_dim(c, x, 1 - len(x.shape), -1))
+
+
+def _flat_rows(c: Call, x: Term) -> Term:
+    return reshape_to(c, x, (math.prod(x.shape[:-1]), x.shape[-1]))
 
 
 def _head(c: Call, x: Term) -> Term:
@@ -843,11 +921,10 @@ def _head(c: Call, x: Term) -> Term:
 def _cross_entropy_of(c: Call, x: Term, target: Term, weight: Any, ignore_index: Any, reduction: Any, smoothing: Any):
     if target.is_float:
         return c("cross_entropy_of_probabilities", x, target, reduction)
-    if x.shape is not None and len(x.shape) > 2 and reduction == "none":
-        raise NotCanonical("keeps the shape of its targets")
     if target.shape is not None and len(target.shape) > 1:
         target = reshape_to(c, target, (math.prod(target.shape),))
-    return c("cross_entropy", _head(c, _rows(c, x)), target, weight, ignore_index, reduction, smoothing)
+    rows, rest = _head(c, _rows(c, x)), (target, weight, ignore_index, reduction, smoothing)
+    return _of_flat(c, "cross_entropy", rows, *rest) if reduction == "none" else c("cross_entropy", rows, *rest)
 
 
 @rule("cross_entropy")

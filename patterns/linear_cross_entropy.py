@@ -41,6 +41,7 @@ def examples(make, rows):
             "weight": make(67, 120) * 0.2,
             "bias": bias,
             "target": target,
+            "shape": (rows, 1),
             "ignore_index": -100,
             "reduction": reduction,
             "class_weight": make.constant(67).abs(),
@@ -97,6 +98,42 @@ def divided(hidden, weight, bias, target, ignore_index, reduction, label_smoothi
 def softcapped(hidden, weight, bias, target, ignore_index, reduction, label_smoothing, softcap, *, wide: Wide):
     capped = torch.tanh(head(hidden, weight, bias, wide) / softcap) * softcap
     return loss(capped, target, ignore_index, reduction, label_smoothing)
+
+
+def rows(logits, target, shape, ignore_index, smoothing, negative):
+    """The losses of tokens in the shape of the labels, or the log-probabilities of these."""
+    losses = loss(logits, target, ignore_index, "none", smoothing).reshape(shape)
+    return -losses if negative else losses
+
+
+rows_pattern = partial(loss_pattern, ops.linear_cross_entropy_rows)
+
+
+@rows_pattern()
+def plain_rows(hidden, weight, bias, target, shape, ignore_index, label_smoothing, *, negative: Wide):
+    return rows(F.linear(hidden, weight, bias), target, shape, ignore_index, label_smoothing, negative)
+
+
+@rows_pattern()
+def scaled_rows(
+    hidden, weight, bias, target, shape, ignore_index, label_smoothing, scale, *, wide: Wide, negative: Wide
+):
+    return rows(head(hidden, weight, bias, wide) * scale, target, shape, ignore_index, label_smoothing, negative)
+
+
+@rows_pattern()  # a temperature
+def divided_rows(
+    hidden, weight, bias, target, shape, ignore_index, label_smoothing, divisor, *, wide: Wide, negative: Wide
+):
+    return rows(head(hidden, weight, bias, wide) / divisor, target, shape, ignore_index, label_smoothing, negative)
+
+
+@rows_pattern()
+def softcapped_rows(
+    hidden, weight, bias, target, shape, ignore_index, label_smoothing, softcap, *, wide: Wide, negative: Wide
+):
+    capped = torch.tanh(head(hidden, weight, bias, wide) / softcap) * softcap
+    return rows(capped, target, shape, ignore_index, label_smoothing, negative)
 
 
 @loss_pattern(ops.linear_cross_entropy_lse)  # z-loss, as in PaLM: the second result is squared and added

@@ -597,6 +597,23 @@ def test_shapes_that_change(dynamic, configs, reports):
     assert all(r.counts == {**BOTH, "linear_cross_entropy": 1} for r in reports), reports[-1]
 
 
+def preferences(x, w, v, y, counted):
+    """What DPO and policy gradients take of a model: each label's log-probability, and the logits for evaluation."""
+    logits = F.linear(layer(x, w), v)
+    taken = F.log_softmax(logits[:, :-1].float() / 0.7, -1).gather(-1, y[:, 1:, None]).squeeze(-1)
+    return (taken * counted[:, 1:]).sum(-1), logits
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_log_probabilities_of_labels(dynamic, configs, reports):
+    compiled = torch.compile(preferences, backend="liger", dynamic=dynamic, fullgraph=True)
+    for rows, length in ((2, 7), (3, 9), (5, 4)):
+        x, w = torch.randn(rows, length, 8).requires_grad_(), torch.randn(8).requires_grad_()
+        v, y = torch.randn(11, 8).requires_grad_(), torch.randint(11, (rows, length))
+        assert_like_eager(compiled, preferences, (x, w, v, y, torch.rand(rows, length)))
+    assert all(r.counts == {**BOTH, "linear_cross_entropy": 1} for r in reports) and reports, reports
+
+
 def test_fullgraph_with_a_graph_break(configs):
     with pytest.raises(Unsupported):
         torch.compile(broken, backend="liger", fullgraph=True)(*operands())

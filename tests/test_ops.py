@@ -214,6 +214,10 @@ SAMPLES = {
         lambda: ((fixed(6, 8), fixed(9, 8), some(9), labels()), {}),
         lambda: ((fixed(6, 8), fixed(9, 8), None, labels()), {}),
     ],
+    "linear_cross_entropy_rows": [
+        lambda: ((some(6, 8), some(9, 8), some(9), labels(), [2, 3]), {"softcap": 3.0}),
+        lambda: ((half(6, 8), half(9, 8), None, labels().abs() % 9, [6, 1]), {"negative": True, "divisor": 0.7}),
+    ],
     "linear_cross_entropy_lse": [
         lambda: ((some(6, 8), some(9, 8), some(9), labels()), {}),
         lambda: ((some(6, 8), fixed(9, 8), None, labels()), {"reduction": "none", "scale": 0.5}),

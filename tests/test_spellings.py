@@ -1021,6 +1021,43 @@ def loss_z(h, w, b, y):
     return F.cross_entropy(logits, y, ignore_index=3) + 1e-2 * torch.logsumexp(logits, dim=-1).square().mean()
 
 
+def loss_of_rows_of_two(h, w, b, y):
+    logits = F.linear(h.view(2, 3, 8), w).float()
+    return F.cross_entropy(logits.transpose(1, 2), y.view(2, 3), reduction="none")
+
+
+def loss_log_probabilities(h, w, b, y):  # of preferences, of policies
+    logits = F.linear(h.view(2, 3, 8), w)
+    return torch.gather(logits.log_softmax(-1), dim=2, index=y.view(2, 3).unsqueeze(2)).squeeze(2)
+
+
+def loss_log_probabilities_of_shifted_logits(h, w, b, y):
+    logits = F.linear(h.view(2, 3, 8), w).float()[:, :-1]
+    return F.log_softmax(logits, dim=-1).gather(-1, y.view(2, 3)[:, 1:, None])[..., 0]
+
+
+def loss_log_probabilities_then_shifted(h, w, b, y):
+    log_probabilities = F.log_softmax(F.linear(h.view(2, 3, 8), w, b), dim=-1)[:, :-1, :]
+    return log_probabilities.gather(2, y.view(2, 3)[:, 1:].unsqueeze(-1)).squeeze(-1).sum(-1)
+
+
+def loss_log_probabilities_in_rows(h, w, b, y):
+    log_probabilities = torch.log_softmax(F.linear(h, w, b).float() / 0.7, dim=-1)
+    return -torch.take_along_dim(log_probabilities, y[:, None], dim=-1).squeeze(-1)
+
+
+def loss_difference(h, w, b, y):
+    logits = F.linear(h.view(2, 3, 8), w).float()
+    target = logits.gather(-1, y.view(2, 3, 1)).squeeze(-1)
+    return (torch.logsumexp(logits, dim=-1) - target).mean()
+
+
+def loss_negative_difference(h, w, b, y):
+    logits = 30.0 * torch.tanh(F.linear(h.view(2, 3, 8), w, b).float() / 30.0)
+    selected = torch.gather(logits, dim=-1, index=y.view(2, 3).unsqueeze(-1))
+    return (selected - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
+
+
 if hasattr(F, "linear_cross_entropy"):  # torch 2.13
 
     def loss_of_torch(h, w, b, y):
@@ -1048,6 +1085,23 @@ def test_linear_cross_entropy(function, dtype):
     result = report.graphs[0].after(*ordered(report, h=h, w=w, b=b, y=y))[0]
     torch.testing.assert_close(result, function(h, w, b, y), rtol=2e-2, atol=2e-2)
     assert result.dtype == function(h, w, b, y).dtype
+
+
+OTHER_LOOKUPS = [
+    lambda h, w, y: F.log_softmax(F.linear(h, w), 0).gather(-1, y[:, None]),
+    lambda h, w, y: F.log_softmax(F.linear(h, w), -1).gather(-1, y[:, None].expand(-1, 2)),
+    lambda h, w, y: F.log_softmax(F.linear(h, w), -1)[:, :9].gather(-1, y[:, None].clamp(max=8)),
+    lambda h, w, y: F.log_softmax(F.linear(h, w), -1).gather(0, y[None, :6].clamp(max=5)),
+    lambda h, w, y: (lambda z: z.gather(-1, y[:, None]) - z[:, 1:].logsumexp(-1, True))(F.linear(h, w)),
+    lambda h, w, y: (lambda z: z.gather(-1, y[:, None]) - z.logsumexp(-1))(F.linear(h, w)),
+    lambda h, w, y: (lambda z: z.gather(-1, y[:, None]).squeeze(-1) - z.logsumexp(-1).flip(0))(F.linear(h, w)),
+]
+
+
+@pytest.mark.parametrize("function", OTHER_LOOKUPS)
+def test_what_is_no_log_probability(function):
+    args = torch.randn(6, 8), torch.randn(11, 8), torch.tensor([0, 10, 3, 5, 3, 7])
+    assert report_of(function, *args).counts == {}
 
 
 # ---- near misses --------------------------------------------------------------------------------------------------
@@ -1165,6 +1219,8 @@ NEAR_MISSES = [
     ("linear_cross_entropy", r"slice.*linear", lambda h, w, y: F.cross_entropy(F.linear(h, w)[..., ::2], y.clamp(max=5)), (H, V, Y)),
     ("linear_cross_entropy", r"float64", lambda h, w, y: F.cross_entropy(F.linear(h, w), y), (H.double(), V.double(), Y)),
     ("linear_cross_entropy", r"kl_div|mse_loss|cross_entropy", lambda h, w, y: F.mse_loss(F.linear(h, w).float(), w[y]), (H, torch.randn(8, 8), Y % 8)),
+    ("linear_cross_entropy", r"has pick.*where the pattern has cross_entropy", lambda h, w, y: (lambda z: z.gather(-1, y[:, None]) - z.tanh().logsumexp(-1, True))(F.linear(h, w)), (H, V, Y)),
+    ("linear_cross_entropy", r"also used by", lambda h, w, y: (lambda p: p.gather(-1, y[:, None]).mean() + p.mean())(F.log_softmax(F.linear(h, w), -1)), (H, V, Y)),
     ("linear_cross_entropy", r"not positive|softcap", lambda h, w, y: F.cross_entropy(torch.tanh(F.linear(h, w) / 30.0) * 20.0, y), (H, V, Y)),
 ]  # fmt: skip
 

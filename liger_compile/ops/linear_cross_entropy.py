@@ -17,6 +17,10 @@ with y = target_i, w = class_weight or 1, e = label_smoothing.
 - A gradient nobody needs is not computed. A target outside [0, V) raises IndexError on the CPU and a device-side
   assertion on CUDA, as in eager.
 
+`linear_cross_entropy_rows(hidden, weight, bias, target, shape, ignore_index=-100, scale=1.0, divisor=1.0, softcap=0.0,
+wide=False, label_smoothing=0.0, negative=False, memory="balanced") -> losses`: those of reduction "none", in another
+shape of N elements; if `negative`, -losses: the log-probabilities of the labels.
+
 `linear_cross_entropy_lse(hidden, weight, bias, target, ignore_index=-100, reduction="mean", scale=1.0, divisor=1.0,
 softcap=0.0, wide=False) -> (loss, lse)`: the loss, and float32 [N] log(sum_j exp(z_ij)) of every row, for losses that
 are computed from that too (z-loss). It holds all logits, as the code that it stands for does.
@@ -27,6 +31,7 @@ its own code is as fast: on Hopper if the loss is small (SMALL_BYTES), without k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -396,6 +401,34 @@ linear_cross_entropy = define_composite(
     " str reduction='mean', float scale=1.0, float divisor=1.0, float softcap=0.0, bool wide=False,"
     " Tensor? class_weight=None, float label_smoothing=0.0, str memory='balanced') -> Tensor",
     _linear_cross_entropy,
+)
+
+
+def _linear_cross_entropy_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    shape: Sequence[int],
+    ignore_index: int = -100,
+    scale: float = 1.0,
+    divisor: float = 1.0,
+    softcap: float = 0.0,
+    wide: bool = False,
+    label_smoothing: float = 0.0,
+    negative: bool = False,
+    memory: str = "balanced",
+) -> Tensor:
+    how = scale, divisor, softcap, wide, None, label_smoothing, memory
+    losses = _linear_cross_entropy(hidden, weight, bias, target, ignore_index, "none", *how)
+    return (-losses if negative else losses).view(shape)
+
+
+linear_cross_entropy_rows = define_composite(
+    "linear_cross_entropy_rows(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, SymInt[] shape,"
+    " int ignore_index=-100, float scale=1.0, float divisor=1.0, float softcap=0.0, bool wide=False,"
+    " float label_smoothing=0.0, bool negative=False, str memory='balanced') -> Tensor",
+    _linear_cross_entropy_rows,
 )
 
 
