@@ -15,24 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
 
 from . import common
-from .models import contenders
+from .models import CASES, contenders
 
-CONFIG = LlamaConfig(
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    vocab_size=128256,
-    max_position_embeddings=1 << 20,
-    rope_theta=500000.0,
-    tie_word_embeddings=True,
-    use_cache=False,
-)
+CONFIG = CASES["llama-1b"]["config"]
 SHORT = (4096, 8192, 12288)
 
 

@@ -1,9 +1,10 @@
 """Linear + cross-entropy, forward and backward: time, memory and error of each way to compute it.
 
-    python -m bench.loss [speed] [ignored] [accuracy] [--out FOLDER]
+    python -m bench.loss [speed] [tokens] [ignored] [accuracy] [--out FOLDER]
 
-speed: what each way takes; the floor is the three matrix products alone. ignored: time against the share of labels that
-are ignored. accuracy: errors of loss and gradients against float64, next to eager's, over five seeds.
+speed: what each way takes; the floor is the three matrix products alone. tokens: the same for log-probabilities of the
+labels, each with a gradient of its own, and without gradients. ignored: time against the share of labels that are
+ignored. accuracy: errors of loss and gradients against float64, next to eager's, over five seeds.
 """
 
 from __future__ import annotations
@@ -124,6 +125,44 @@ def speed(repeats: int) -> list[dict[str, Any]]:
     return results
 
 
+def log_probabilities(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return F.log_softmax(F.linear(h, w).float(), -1).gather(-1, y[:, None]).squeeze(-1)
+
+
+def with_gradients(function: Callable[..., Tensor], h: Tensor, w: Tensor, y: Tensor, incoming: Tensor) -> Any:
+    return torch.autograd.grad(function(h, w, y), (h, w), incoming)
+
+
+@torch.no_grad()
+def without_gradients(function: Callable[..., Tensor], h: Tensor, w: Tensor, y: Tensor, incoming: Tensor) -> Any:
+    return function(h, w, y)
+
+
+def tokens(repeats: int) -> list[dict[str, Any]]:
+    results = []
+    for shape in SHAPES[:2]:
+        torch._dynamo.reset()
+        h, w, y = operands(*shape)
+        incoming = torch.randn(y.shape, device="cuda")
+        made = {"eager": log_probabilities, "Inductor": torch.compile(log_probabilities)}
+        for policy in POLICIES:
+            options = {"liger.loss": policy}
+            made[f"liger_compile, {policy}"] = torch.compile(log_probabilities, backend="liger", options=options)
+        rows: list[dict[str, Any]] = [{"way": name} for name in made]
+        for what, call in {"forward + backward": with_gradients, "forward": without_gradients}.items():
+            functions = {name: functools.partial(call, function, h, w, y, incoming) for name, function in made.items()}
+            able = {name: function for name, function in functions.items() if fits(function)}
+            base = torch.cuda.memory_allocated()
+            peaks = {name: round(common.peak_gib(function, base) * 1024) for name, function in able.items()}
+            times = common.interleaved(able, repeats, ahead=2)
+            for row in rows:
+                row |= {f"{what}: ms": times.get(row["way"]), f"{what}: peak MiB": peaks.get(row["way"])}
+        title = f"{' x '.join(map(str, shape))}: log-probabilities of the labels"
+        results.append({"title": title, "rows": rows})
+        print(f"\n{title}\n\n{common.table(rows)}", flush=True)
+    return results
+
+
 def ignored(repeats: int) -> list[dict[str, Any]]:
     results = []
     for shape in SHAPES[:2]:
@@ -230,7 +269,7 @@ def accuracy(_: int) -> list[dict[str, Any]]:
     return results
 
 
-PARTS = {"speed": speed, "ignored": ignored, "accuracy": accuracy}
+PARTS = {"speed": speed, "tokens": tokens, "ignored": ignored, "accuracy": accuracy}
 
 
 def main() -> None:

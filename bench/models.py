@@ -1,6 +1,6 @@
 """Whole training steps, forward and backward, of model shapes that people train.
 
-    python -m bench.models [llama] [qwen3] [mistral] [gemma2] [llama-padded] [qwen3-padded] [qwen3-short] [--out FOLDER]
+    python -m bench.models [cases...] [--modes model loss] [--out FOLDER]
 
 Eager, Inductor, Liger-Kernel and liger_compile in one process, timed in turns; each with the whole model
 (`torch.compile(model)`, which returns logits) and, compiled, with a step that returns the loss alone.
@@ -12,12 +12,13 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from . import common
 
@@ -53,6 +54,24 @@ CASES: dict[str, dict[str, Any]] = {
             use_cache=False,
         ),
         "rows": 8,
+        "length": 2048,
+    },
+    "llama-1b": {
+        "title": "Llama-3.2-1B shape, 16 layers, 4 x 2048 tokens",
+        "config": LlamaConfig(
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=64,
+            vocab_size=128256,
+            max_position_embeddings=1 << 20,
+            rope_theta=500000.0,
+            tie_word_embeddings=True,
+            use_cache=False,
+        ),
+        "rows": 4,
         "length": 2048,
     },
     "mistral": {
@@ -103,6 +122,18 @@ CASES["qwen3-short"] = {
     "rows": 1,
     "length": 256,
 }
+CASES["gemma2-short"] = {
+    **CASES["gemma2"],
+    "title": "Gemma-2-2B shape, 6 layers, 2 x 4096 tokens",
+    "rows": 2,
+    "length": 4096,
+}
+for _name in ("llama", "qwen3", "llama-1b", "gemma2-short", "tiny"):
+    CASES[f"{_name}-unmasked"] = {
+        **CASES[_name],
+        "title": f"{CASES[_name]['title']}, without the explicit mask",
+        "unmasked": True,
+    }
 for _name in ("llama", "qwen3", "tiny"):
     CASES[f"{_name}-padded"] = {
         **CASES[_name],
@@ -115,6 +146,18 @@ def make(config: Any) -> torch.nn.Module:
     torch.manual_seed(0)
     with torch.device("cuda"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+
+
+@contextlib.contextmanager
+def unmasked() -> Iterator[None]:
+    """Attention without the explicit mask that transformers makes under compilation: causal by itself, for all
+    contenders alike."""
+    before = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    AttentionMaskInterface.register("sdpa", lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        AttentionMaskInterface.register("sdpa", before)
 
 
 class changes_kept(contextlib.AbstractContextManager):
@@ -230,7 +273,8 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in arguments.cases:
         case = CASES[name]
-        rows = run(case, arguments.modes, arguments.repeats, arguments.only)
+        with unmasked() if case.get("unmasked") else contextlib.nullcontext():
+            rows = run(case, arguments.modes, arguments.repeats, arguments.only)
         path = common.save(f"models-{name}", {"title": case["title"], "rows": rows}, arguments.out)
         print(f"\n{case['title']}\n\n{common.table(rows)}\n\n{path}", flush=True)
 

@@ -113,20 +113,22 @@ def cases() -> dict[str, dict[str, Any]]:
         "operands": (tensor(TOKENS, 2 * 2880),),
         "bytes": (6 * TOKENS * 2880, 10 * TOKENS * 2880),
     }
-    for rows, width, first in ((TOKENS * 32, 128, False), (TOKENS, 4096, True)):
+    gates_first = [(TOKENS, width, True) for width in (4096, 5120, 1536)]
+    for rows, width, first in ((TOKENS * 32, 128, False), (TOKENS, 2304, False), *gates_first):
         made[f"RMSNorm, gate {'first' if first else 'last'} {rows} x {width}"] = {
             "plain": norm_of_gated if first else gated_norm,
             "liger": None,
             "operands": (tensor(rows, width), tensor(rows, width), tensor(width)),
             "bytes": (6 * rows * width, 10 * rows * width),
         }
-    for heads, kv_heads, batch, length in ((32, 8, 2, 8192), (16, 8, 8, 2048)):
+    narrow = (9, 3, 64, 8, 2048), (32, 32, 80, 4, 2048), (32, 32, 96, 4, 2048)
+    for heads, kv_heads, width, batch, length in (*narrow, (32, 8, 128, 2, 8192), (16, 8, 128, 8, 2048)):
         operands = tuple(
-            tensor(batch, length, h, 128).detach().transpose(1, 2).requires_grad_() for h in (heads, kv_heads)
+            tensor(batch, length, h, width).detach().transpose(1, 2).requires_grad_() for h in (heads, kv_heads)
         )
-        cos, sin = tensor(1, 1, length, 128).detach(), tensor(1, 1, length, 128).detach()
+        cos, sin = tensor(1, 1, length, width).detach(), tensor(1, 1, length, width).detach()
         size = sum(x.numel() for x in operands)
-        made[f"RoPE {batch} x {length}, {heads} + {kv_heads} heads of 128"] = {
+        made[f"RoPE {batch} x {length}, {heads} + {kv_heads} heads of {width}"] = {
             "plain": lambda q, k, cos=cos, sin=sin: rotate(q, k, cos, sin),
             "liger": _liger(
                 "LigerRopeFunction", lambda f, cos=cos, sin=sin: lambda q, k: f.apply(q, k, cos[0], sin[0])

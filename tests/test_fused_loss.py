@@ -377,6 +377,29 @@ def test_at_size(name, kind, monkeypatch):
     check(realistic(kind, 4096, 2048, 50257), reduction=reduction, memory=memory)
 
 
+def log_probabilities(hidden, weight, _, target):
+    z = F.linear(hidden.view(2, -1, hidden.shape[-1]), weight)
+    z = z if z.dtype is torch.float64 else z.float()
+    return F.log_softmax(z / 0.7, -1).gather(-1, target.view(2, -1, 1)).squeeze(-1)
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["random", "peaked"])
+@pytest.mark.parametrize("memory", ["lean", "balanced"])
+def test_log_probabilities_at_size(memory, kind):
+    """Looked up in sequences, each with a gradient of its own, of either sign."""
+    from liger_compile import explain
+
+    given, incoming = realistic(kind, 4096, 2048, 50257), torch.randn(2, 2048, device=DEVICE)
+    assert explain(log_probabilities)(*given).counts == {"linear_cross_entropy": 1}
+    compiled = torch.compile(log_probabilities, backend="liger", options={"liger.loss": memory})
+    exact = run(log_probabilities, given, incoming, torch.float64)
+    theirs, made = (run(f, given, incoming) for f in (log_probabilities, compiled))
+    for o, t, x in zip(made, theirs, exact, strict=True):
+        assert o.dtype is t.dtype and o.shape == t.shape
+        assert relative_error(o, x) <= max(1.05 * relative_error(t, x), 2e-5)
+
+
 @gpu
 @pytest.mark.parametrize("memory, most", [("lean", 0.15), ("balanced", 0.55)])
 @pytest.mark.parametrize("shape", [(8192, 4096, 128256), (16384, 2048, 151936)], ids=str)
