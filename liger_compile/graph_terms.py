@@ -412,12 +412,24 @@ def _region_after(node: fx.Node, region: Region) -> Region:
     return region
 
 
+_LIKE = frozenset({"type_as", "to", "view_as", "reshape_as", "expand_as"})
+"""Calls that take the dtype or the shape of a second tensor, and nothing else of it."""
+
+
+def _read_by(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values a node is computed from."""
+    if call_name(node.target) not in _LIKE:
+        return node.all_input_nodes
+    first = node.args[0] if node.args else None
+    return [first] if isinstance(first, fx.Node) else node.all_input_nodes
+
+
 def inputs_of(node: fx.Node, stop: Callable[[fx.Node], bool]) -> list[fx.Node]:
     """The tensor-valued nodes a node is computed from, up to and excluding those `stop` names."""
     seen: dict[fx.Node, None] = {}
     todo = [node]
     while todo:
-        for n in todo.pop().all_input_nodes:
+        for n in _read_by(todo.pop()):
             value = value_of(n)
             tensor_like = isinstance(value, (torch.Tensor, tuple, list))
             if n not in seen and tensor_like and not stop(n):

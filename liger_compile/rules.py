@@ -751,6 +751,8 @@ def permute(c: Call, x: Term, order: tuple[int, ...]) -> Term:
         order = order[1:]
     if not order:
         return x
+    if order[-1] == -1 and (_is_rowwise(x) or _is_log_softmax(x)):
+        return _of_rows(c, x, lambda y: permute(c, y, order))
     shape = None
     if x.shape is not None:
         shape = (*x.shape[: len(x.shape) - len(order)], *(x.shape[i] for i in order))

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import capture, relative_error, rewritten
+from helpers import capture, relative_error, report_of, rewritten
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -637,3 +637,25 @@ def test_reports_merge():
     assert report.counts == {"rms_norm": 2} and len(report.graphs) == 2
     assert str(report).startswith("liger_compile: 2 rewrites in 2 graphs")
     assert str(report).count("rms_norm") == 1
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize(
+    "like",
+    [
+        lambda x, other: x.type_as(other),
+        lambda x, other: x.to(other),
+        lambda x, other: x.view_as(other),
+        lambda x, other: x.reshape_as(other),
+        lambda x, other: x.expand_as(other),
+    ],
+)
+def test_what_gives_a_dtype_or_a_shape_alone_is_no_part_of_a_match(like, used):
+    def function(g, u, other):
+        return like(F.silu(g), other) * u, other.exp() if used else u
+
+    g, u, other = torch.randn(3, 4, 6)
+    report = report_of(function, g, u, other)
+    assert report.counts == {"swiglu": 1}, report
+    inputs = [n.name for n in report.graphs[0].after.graph.nodes if n.op == "placeholder"]
+    assert len(inputs) == 3, inputs

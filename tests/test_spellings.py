@@ -964,10 +964,19 @@ def loss_classes_second(h, w, b, y):
     return F.cross_entropy(logits.transpose(1, 2), y.view(2, 3))
 
 
+def loss_of_sequences_in_columns(h, w, b, y):
+    logits = F.linear(h.view(3, 2, 8), w, b).transpose(0, 1).contiguous().float()
+    return F.cross_entropy(logits.view(-1, 11), y.view(2, 3).reshape(-1))
+
+
 def loss_padded_labels(h, w, b, y):
     logits = F.linear(h.view(2, 3, 8), w).float()
     labels = F.pad(y.view(2, 3), (0, 1), value=-100)[..., 1:].contiguous()
     return F.cross_entropy(logits.view(-1, 11), labels.view(-1), ignore_index=-100, reduction="mean")
+
+
+def loss_in_the_dtype_of(h, w, b, y):
+    return F.cross_entropy(F.linear(h, w).to(b), y)
 
 
 def loss_scaled(h, w, b, y):
