@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops.gated_rms_norm import out_dtype
 from .launch import launch
 from .layout import least, multiprocessors
-from .rms_norm import TILE, _addressed, _offsets, total
+from .rms_norm import _addressed, _backward_plan, _forward_warps, _load, _offsets, _parts, _rows, _store, total
 
 
 @triton.jit
@@ -22,6 +22,12 @@ def _gate(g, SILU: tl.constexpr):
     else:
         y, slope = s, s * (1.0 - s)
     return y, slope
+
+
+@triton.jit
+def _weights(w_ptr, cols, n_cols):
+    """[1, cols] in float32."""
+    return tl.load(w_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -68,13 +74,13 @@ def _gated_forward(
     A tile is whole rows: one, or as many as make 2048 elements: vectors of 16 bytes for each of four warps, and
     enough programs on a multiprocessor to hide latency. The second dimension of the grid is the group.
     """
+    group = tl.program_id(1) * n_cols
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    inside = tl.arange(0, BLOCK_COLS)
-    cols = tl.program_id(1) * n_cols + inside
-    mask = (row < n_rows)[:, None] & (inside < n_cols)[None, :]
-    raw = tl.load(x_ptr + _offsets(row, n1, n2, x0, x1, x2)[:, None] + cols[None, :], mask=mask, other=0.0)
-    g = tl.load(gate_ptr + _offsets(row, n1, n2, g0, g1, g2)[:, None] + cols[None, :], mask=mask, other=0.0)
-    w = tl.load(w_ptr + cols, mask=inside < n_cols, other=0.0).to(tl.float32)[None, :]
+    within = row < n_rows
+    cols = tl.arange(0, BLOCK_COLS)
+    raw = _load(x_ptr + group, _offsets(row, n1, n2, x0, x1, x2), within, cols, n_cols)
+    g = _load(gate_ptr + group, _offsets(row, n1, n2, g0, g1, g2), within, cols, n_cols)
+    w = _weights(w_ptr + group, cols, n_cols)
     activated, _slope = _gate(g.to(tl.float32), SILU)
     h = raw.to(tl.float32)
     if GATE_FIRST:
@@ -83,13 +89,60 @@ def _gated_forward(
     _seen, y = _weighted(h * factor, w, raw, ROUND_NORMED, ROUND_PRODUCT and not GATE_FIRST)
     if not GATE_FIRST:
         y *= activated
-    y_at = y_ptr + _offsets(row, n1, n2, y0, y1, y2)[:, None] + cols[None, :]
-    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    _store(y_ptr + group, _offsets(row, n1, n2, y0, y1, y2), within, cols, n_cols, y)
 
 
 @triton.jit
-def _add_pairs(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
+def _gated_values(raw, g, dy, SILU: tl.constexpr, GATE_FIRST: tl.constexpr):
+    """In float32: x, act(gate), its derivative, what is normalised, and the gradient of the weighted norm."""
+    x = raw.to(tl.float32)
+    activated, slope = _gate(g.to(tl.float32), SILU)
+    if GATE_FIRST:
+        h, dproduct = x * activated, dy.to(tl.float32)
+    else:
+        h, dproduct = x, dy.to(tl.float32) * activated
+    return x, activated, slope, h, dproduct
+
+
+@triton.jit
+def _sums(raw, g, dy, w, SILU: tl.constexpr, GATE_FIRST: tl.constexpr):
+    """Of what is normalised, squared, and times the gradient of its normalised value."""
+    _x, _activated, _slope, h, dproduct = _gated_values(raw, g, dy, SILU, GATE_FIRST)
+    return tl.sum(h * h, axis=1), tl.sum(dproduct * w * h, axis=1)
+
+
+@triton.jit
+def _gradients(
+    dx_ptr,
+    dgate_ptr,
+    dx_at,
+    dgate_at,
+    within,
+    cols,
+    n_cols,
+    raw,
+    g,
+    dy,
+    w,
+    factor,
+    mean,
+    SILU: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    ROUND_NORMED: tl.constexpr,
+    ROUND_PRODUCT: tl.constexpr,
+):
+    """Writes dx and dgate; returns the rows' shares of dweight."""
+    x, activated, slope, h, dproduct = _gated_values(raw, g, dy, SILU, GATE_FIRST)
+    normed = h * factor
+    dh = factor * (dproduct * w - normed * mean)
+    seen, product = _weighted(normed, w, raw, ROUND_NORMED, ROUND_PRODUCT)
+    if GATE_FIRST:
+        dx, dgate = dh * activated, dh * x * slope
+    else:
+        dx, dgate = dh, dy.to(tl.float32) * product * slope
+    _store(dx_ptr, dx_at, within, cols, n_cols, dx)
+    _store(dgate_ptr, dgate_at, within, cols, n_cols, dgate)
+    return dproduct * seen
 
 
 @triton.jit
@@ -128,51 +181,74 @@ def _gated_backward(
     NEED_DWEIGHT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dx, dgate, and this program's share of dweight [programs, all columns] in float32.
 
     Per element: dy, x and gate read once, dx and dgate written once; 1 / rms and the activation are computed again. As
-    in `rms_norm._backward`, programs stay resident and walk over tiles, so that dweight is summed in registers in a
-    fixed order, load tiles ahead, and reduce a row once. The second dimension of the grid is the group.
+    in `rms_norm._rms_norm_backward`, programs stay resident and walk over tiles, so that dweight is summed in registers
+    in a fixed order, load tiles ahead, and take a row as one block or two; if WIDE, the weight is read for each tile.
+    The second dimension of the grid is the group.
     """
-    inside = tl.arange(0, BLOCK_COLS)
-    cols = tl.program_id(1) * n_cols + inside
-    w = tl.load(w_ptr + cols, mask=inside < n_cols, other=0.0).to(tl.float32)[None, :]
-    if NEED_DWEIGHT:
-        dw = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    group = tl.program_id(1) * n_cols
+    x_ptr, gate_ptr, dy_ptr, w_ptr = x_ptr + group, gate_ptr + group, dy_ptr + group, w_ptr + group
+    dx_ptr, dgate_ptr = dx_ptr + group, dgate_ptr + group
+    cols = tl.arange(0, BLOCK_COLS)
+    w = _weights(w_ptr, cols, n_cols)
+    dw = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    if BLOCK_REST > 0:
+        rest = BLOCK_COLS + tl.arange(0, BLOCK_REST)
+        w_rest = _weights(w_ptr, rest, n_cols)
+        dw_rest = tl.zeros((BLOCK_ROWS, BLOCK_REST), tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        mask = (row < n_rows)[:, None] & (inside < n_cols)[None, :]
-        raw = tl.load(x_ptr + _offsets(row, n1, n2, x0, x1, x2)[:, None] + cols[None, :], mask=mask, other=0.0)
-        g = tl.load(gate_ptr + _offsets(row, n1, n2, g0, g1, g2)[:, None] + cols[None, :], mask=mask, other=0.0)
-        dy = tl.load(dy_ptr + _offsets(row, n1, n2, d0, d1, d2)[:, None] + cols[None, :], mask=mask, other=0.0)
-        x, dy = raw.to(tl.float32), dy.to(tl.float32)
-        activated, slope = _gate(g.to(tl.float32), SILU)
-        if GATE_FIRST:
-            h, dproduct = x * activated, dy
-        else:
-            h, dproduct = x, dy * activated
-        dnormed = dproduct * w
-        square, along = tl.reduce((h * h, dnormed * h), 1, _add_pairs)
+        within = row < n_rows
+        x_at = _offsets(row, n1, n2, x0, x1, x2)
+        gate_at = _offsets(row, n1, n2, g0, g1, g2)
+        dy_at = _offsets(row, n1, n2, d0, d1, d2)
+        dx_at = _offsets(row, n1, n2, o0, o1, o2)
+        dgate_at = _offsets(row, n1, n2, p0, p1, p2)
+        raw = _load(x_ptr, x_at, within, cols, n_cols)
+        g = _load(gate_ptr, gate_at, within, cols, n_cols)
+        dy = _load(dy_ptr, dy_at, within, cols, n_cols)
+        if WIDE:
+            w = _weights(w_ptr, cols, n_cols)
+        square, along = _sums(raw, g, dy, w, SILU, GATE_FIRST)
+        if BLOCK_REST > 0:
+            raw_rest = _load(x_ptr, x_at, within, rest, n_cols)
+            g_rest = _load(gate_ptr, gate_at, within, rest, n_cols)
+            dy_rest = _load(dy_ptr, dy_at, within, rest, n_cols)
+            if WIDE:
+                w_rest = _weights(w_ptr, rest, n_cols)
+            square_rest, along_rest = _sums(raw_rest, g_rest, dy_rest, w_rest, SILU, GATE_FIRST)
+            square += square_rest
+            along += along_rest
         factor = tl.rsqrt(square / n_cols + tl.cast(eps, tl.float32))[:, None]
-        normed = h * factor
-        dh = factor * (dnormed - normed * (factor * along[:, None] / n_cols))
-        seen, product = _weighted(normed, w, raw, ROUND_NORMED, ROUND_PRODUCT)
-        if GATE_FIRST:
-            dx, dgate = dh * activated, dh * x * slope
-        else:
-            dx, dgate = dh, dy * product * slope
-        dx_at = dx_ptr + _offsets(row, n1, n2, o0, o1, o2)[:, None] + cols[None, :]
-        tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        dgate_at = dgate_ptr + _offsets(row, n1, n2, p0, p1, p2)[:, None] + cols[None, :]
-        tl.store(dgate_at, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+        mean = factor * along[:, None] / n_cols
+        share = _gradients(
+            *(dx_ptr, dgate_ptr, dx_at, dgate_at, within, cols, n_cols, raw, g, dy, w, factor, mean),
+            *(SILU, GATE_FIRST, ROUND_NORMED, ROUND_PRODUCT),
+        )
         if NEED_DWEIGHT:
-            dw += dproduct * seen
+            dw += share
+        if BLOCK_REST > 0:
+            share = _gradients(
+                *(dx_ptr, dgate_ptr, dx_at, dgate_at, within, rest, n_cols, raw_rest, g_rest, dy_rest, w_rest),
+                *(factor, mean, SILU, GATE_FIRST, ROUND_NORMED, ROUND_PRODUCT),
+            )
+            if NEED_DWEIGHT:
+                dw_rest += share
     if NEED_DWEIGHT:
-        all_cols = tl.num_programs(1) * n_cols
-        dw_at = dw_ptr + tl.program_id(0).to(tl.int64) * all_cols + cols
-        tl.store(dw_at, tl.sum(dw, axis=0), mask=inside < n_cols)
+        at = dw_ptr + tl.program_id(0).to(tl.int64) * tl.num_programs(1) * n_cols + group
+        tl.store(at + cols, tl.sum(dw, axis=0), mask=cols < n_cols)
+        if BLOCK_REST > 0:
+            tl.store(at + rest, tl.sum(dw_rest, axis=0), mask=rest < n_cols)
+
+
+REGISTERS_EACH = 6
+"""That a thread has for an element in the backward, besides those of `rms_norm`'s: the gate and its activation."""
 
 
 def _how(x: Tensor, weight: Tensor, activation: str, gate_first: bool, rounding: str) -> dict[str, bool]:
@@ -183,17 +259,6 @@ def _how(x: Tensor, weight: Tensor, activation: str, gate_first: bool, rounding:
         "ROUND_NORMED": normed,
         "ROUND_PRODUCT": normed and torch.promote_types(x.dtype, weight.dtype) is x.dtype,
     }
-
-
-def _blocks(n_cols: int) -> tuple[int, int]:
-    """(BLOCK_ROWS, BLOCK_COLS) of a tile."""
-    block_cols = triton.next_power_of_2(n_cols)
-    return max(1, TILE // block_cols), block_cols
-
-
-def _warps(tile: int, most: int) -> int:
-    """16 elements a thread, from 4 warps to `most`."""
-    return min(max(tile // 512, 4), most)
 
 
 def forward(
@@ -212,7 +277,8 @@ def forward(
     (_, n1, n2), strides, (x, gate, out) = _addressed(x, gate, y)
     n_groups, n_cols = groups or (1, x.shape[-1])
     n_rows = x.numel() // x.shape[-1]
-    block_rows, block_cols = _blocks(n_cols)
+    block_cols = triton.next_power_of_2(n_cols)
+    block_rows = _rows(block_cols)
     launch(
         _gated_forward,
         (triton.cdiv(n_rows, block_rows), n_groups),
@@ -229,7 +295,7 @@ def forward(
         **_how(x, weight, activation, gate_first, rounding),
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
-        num_warps=_warps(block_rows * block_cols, 16),
+        num_warps=_forward_warps(n_cols),
     )
     return out if out is y else y.copy_(out)
 
@@ -253,12 +319,11 @@ def backward(
     width = x.shape[-1]
     n_groups, n_cols = groups or (1, width)
     n_rows = x.numel() // width
-    block_rows, block_cols = _blocks(n_cols)
-    tile = block_rows * block_cols
-    # As `rms_norm.backward`, with one operand more in each stage ahead.
-    resident = multiprocessors(x.device) * max(8192 // tile, 1)
-    programs = least(triton.cdiv(n_rows, block_rows), triton.cdiv(resident, n_groups))
-    ahead = tile * x.element_size() <= 16384
+    block_cols, block_rest = _parts(n_cols)
+    block_rows = _rows(block_cols)
+    tile = block_rows * (block_cols + block_rest)
+    wide, warps, resident, stages = _backward_plan(tile, 3, x.element_size(), REGISTERS_EACH)
+    programs = least(triton.cdiv(n_rows, block_rows), triton.cdiv(multiprocessors(x.device) * resident, n_groups))
     partial = x.new_empty((programs, width) if need_dweight else (0,), dtype=torch.float32)
     launch(
         _gated_backward,
@@ -279,8 +344,10 @@ def backward(
         NEED_DWEIGHT=need_dweight,
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
-        STAGES=3 if ahead else 1,
-        num_warps=max(_warps(tile, 16), 8) if ahead else min(tile // 512, 32),  # 4 measured slower for heads of 128
+        BLOCK_REST=block_rest,
+        WIDE=wide,
+        STAGES=stages,
+        num_warps=warps,
     )
     for wanted, written in zip((dx, dgate), outs, strict=True):
         if written is not wanted:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import _torch
+
 
 def collapse(shape: Sequence[int], *strides: Sequence[int]) -> tuple[list[int], list[list[int]]]:
     """The fewest dimensions that address several tensors of one shape: (sizes, each tensor's strides)."""
@@ -39,6 +41,11 @@ def rows(*tensors: Tensor, dims: int) -> tuple[list[int], list[list[int]]] | Non
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a device; a small number where kernels are only interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def unit(*sizes: int) -> int:
+    """The most elements, up to 8, that all of several sizes are multiples of; a compiler may not know all of them."""
+    return next((n for n in (8, 4, 2) if all(_torch.constant(size % n) == 0 for size in sizes)), 1)
 
 
 def least(a: int, b: int) -> int:

@@ -14,8 +14,9 @@ from ..ops.rms_norm import out_dtype
 from ..ops.rope import empty, work_dtype
 from . import rms_norm, rope
 from .launch import launch
-from .layout import alike, least, multiprocessors
+from .layout import alike, least, multiprocessors, unit
 from .rms_norm import FACTOR, RESULT, _scale, total
+from .rope import aligned
 
 TILE = 2048
 """Elements of a half that a program has in hand: 32 heads of 128, in one go."""
@@ -155,12 +156,15 @@ def _norm_rope(
     K_BLOCK: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """q, and k if there is one, for one token and a block of heads.
 
     Per element of q and k: one read, one write. A program takes one token, so that its cos and sin are read once for
     all heads; a head's halves are loaded apart, so that rotating moves nothing between threads.
     """
+    half, width = aligned(half, UNIT), aligned(width, UNIT)
+    q_h, k_h, yq_h, yk_h = aligned(q_h, UNIT), aligned(k_h, UNIT), aligned(yq_h, UNIT), aligned(yk_h, UNIT)
     token = tl.program_id(0).to(tl.int64)
     b, t = token // n_t, token % n_t
     c1, c2, s1, s2 = _angles(cos_ptr + b * cos_b + t * cos_t, sin_ptr + b * sin_b + t * sin_t, half, BLOCK_HALF)
@@ -307,6 +311,7 @@ def _norm_rope_backward(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     REST: tl.constexpr,
+    UNIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dx of q, and of k if there is one, and this program's share of their dweights [programs, width] in float32.
@@ -315,6 +320,9 @@ def _norm_rope_backward(
     loaded ahead (STAGES), so that dweights are summed in registers, in a fixed order, over heads at the end. Weights
     are read again for each token, from the cache: kept in registers, they would leave room for fewer programs.
     """
+    half, width = aligned(half, UNIT), aligned(width, UNIT)
+    q_h, dq_h, oq_h = aligned(q_h, UNIT), aligned(dq_h, UNIT), aligned(oq_h, UNIT)
+    k_h, dk_h, ok_h = aligned(k_h, UNIT), aligned(dk_h, UNIT), aligned(ok_h, UNIT)
     dwq1 = tl.zeros((Q_BLOCK, BLOCK_HALF), tl.float32)
     dwq2 = tl.zeros((Q_BLOCK, BLOCK_HALF), tl.float32)
     dwq3 = tl.zeros((Q_BLOCK, REST), tl.float32)
@@ -440,6 +448,7 @@ def forward(
         K_BLOCK=k_block,
         BLOCK_HALF=block_half,
         BLOCK_REST=0 if width == 2 * half else triton.next_power_of_2(width - 2 * half),
+        UNIT=unit(half, width, *(s[2] for s in strides)),
         num_warps=min(max(q_block * block_half // 512, 1), 8),
     )
     return (*[*ys, q.new_empty(0)][:2],)
@@ -508,6 +517,7 @@ def backward(
         BLOCK_HALF=block_half,
         BLOCK_REST=rest,
         REST=max(rest, 1),
+        UNIT=unit(half, width, *(s[2] for s in strides)),
         STAGES=STAGES,
         num_warps=warps,
     )

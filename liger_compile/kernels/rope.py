@@ -9,10 +9,17 @@ from torch import Tensor
 
 from ..ops.rope import empty, layouts, work_dtype
 from .launch import launch
-from .layout import alike, collapse
+from .layout import alike, collapse, unit
 
 TILE = 4096
 """Elements of a half a program rotates at a time: 32 heads of 128, the widest common case, in one go."""
+
+
+@triton.jit
+def aligned(size, UNIT: tl.constexpr):
+    """A size that is a multiple of UNIT, as the compiler can see here. It loads vectors no larger than it knows sizes
+    and strides to be multiples of, and is told of multiples of 16 alone: half a head of 80 would be single elements."""
+    return size // UNIT * UNIT
 
 
 @triton.jit
@@ -137,12 +144,15 @@ def _rope(
     K_BLOCK: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Rotates q, and k if PAIR, for one token and a block of heads.
 
     Per element of q and k: one read, one write. A program takes one token, so its cos and sin (4 D bytes in half
     precision) are read once for all heads; with 32 + 8 heads of 128 it moves 20 KB.
     """
+    half, width = aligned(half, UNIT), aligned(width, UNIT)
+    q_h, k_h, yq_h, yk_h = aligned(q_h, UNIT), aligned(k_h, UNIT), aligned(yq_h, UNIT), aligned(yk_h, UNIT)
     token = tl.program_id(0).to(tl.int64)
     b, t = token // n_t, token % n_t
     # cos and sin lie as the rotation's result does: what is read, where its transpose is computed.
@@ -303,6 +313,7 @@ def _launch(
         K_BLOCK=k_block,
         BLOCK_HALF=block_half,
         BLOCK_REST=0 if rest == 0 else triton.next_power_of_2(rest),
+        UNIT=unit(rotated // 2, width, *(s[2] for s in (q_s, k_s, yq_s, yk_s))),
         num_warps=min(max(q_block * block_half // 512, 1), 8),
     )
 
