@@ -317,18 +317,18 @@ REGISTERS, SHARED = 65536, 200 << 10
 """Of a multiprocessor: 32-bit registers, and bytes of memory that its programs may load ahead into."""
 
 
-def _backward_plan(tile: int, loads: int, size: int, each: int = 4) -> tuple[bool, int, int, int]:
+def _backward_plan(tile: int, loads: int, size: int) -> tuple[bool, int, int, int]:
     """(WIDE, warps of a program, programs that a multiprocessor holds, STAGES) for tiles of `tile` elements, of which
     `loads` tensors are read that have `size` bytes an element.
 
-    Few warps with many elements each measured fastest: their sums need the fewest exchanges. A thread has `each`
-    registers for an element (four: dy, x, the weight and its gradient) and 60 for the rest; beyond 6144 elements, 4
-    warps have too few, and one program of 16 or 32 takes all that there are.
+    Few warps with many elements each measured fastest: their sums need the fewest exchanges. A thread has about four
+    registers for an element (dy, x, the weight and its gradient) and 60 for the rest; beyond 6144 elements, 4 warps
+    have too few, and one program of 16 or 32 takes all that there are.
     """
     if tile > 6144:
         warps, programs = 16 if tile <= 16384 else 32, 1
     else:
-        warps, programs = 4, max(REGISTERS // (128 * (each * max(tile // 128, 1) + 60)), 1)
+        warps, programs = 4, max(REGISTERS // (128 * (4 * max(tile // 128, 1) + 60)), 1)
     wide = tile > 8192
     buffers = SHARED // ((loads + wide) * tile * size * programs)
     return wide, warps, programs, 1 + min(buffers, 2)
