@@ -92,6 +92,17 @@ def as_fake(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
+def static_example(tensor: torch.Tensor) -> torch.Tensor:
+    """What AOTAutograd is given of a tensor that Dynamo does not know: one without data, of the size it has, in the
+    mode that it uses itself. It would make symbols of the sizes, and a guard on these, which have no source, fails.
+
+    Checked on 2.11, 2.13.
+    """
+    context = torch._guards.TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+
+
 def run_on_fakes(node: torch.fx.Node, value_of: Any) -> Any:
     """The example value of a new node, computed from those of its arguments.
 

@@ -39,7 +39,7 @@ def compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: Compil
     given = _unless_it_fails(masks_given, gm, example_inputs)
     if given is None:
         return noting(gm, example_inputs)
-    informed = noting(given.informed, given.inputs(example_inputs, given.said))
+    informed = noting(given.informed, given.examples(example_inputs))
 
     @functools.cache
     def general() -> Callable[..., Any]:
@@ -212,6 +212,11 @@ class Given:
     """The graph, with that noted at the masks, and with what these read as further inputs, where it is not given it."""
     reads: tuple[tuple[int, int, int], ...]
     """(which mask, which of its tensors, the place of that among all inputs)."""
+
+    def examples(self, given: Sequence[Any]) -> list[Any]:
+        """What the informed graph is compiled with."""
+        inputs = self.inputs(given, self.said)
+        return [*given, *map(_torch.static_example, inputs[len(given) :])]
 
     def inputs(self, given: Sequence[Any], said: dict[int, Said]) -> list[Any] | None:
         """Those of the informed graph, where masks say that; None if it was not compiled for them."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from helpers import relative_error
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from liger_compile import handed
 
@@ -306,3 +310,21 @@ def test_only_masks_are_noted(reports):
     assert repr(handed.said_of(results[0]).value) == "q - k >= 0"
     results[0][0, 0, 0, 5] = True
     assert handed.said_of(results[0]) is None
+
+
+def test_flex_attention_of_padding_from_another_graph(monkeypatch, reports):
+    """What the mask reads is an input of its own, of the sizes that it has: a guard on symbols would have no source."""
+    op_file = importlib.import_module("liger_compile.ops.masked_attention")  # the op has the name too
+    monkeypatch.setattr(op_file, "_has_kernel", lambda query: True)
+    monkeypatch.setattr("liger_compile._torch.compile_fx", lambda gm, inputs, config: aot_eager(gm, inputs))
+    symbols, create_symbol = [], ShapeEnv.create_symbol
+
+    def noting(self, *args, **kwargs):
+        made = create_symbol(self, *args, **kwargs)
+        symbols.extend([made] if isinstance(made, sympy.Symbol) else [])
+        return made
+
+    monkeypatch.setattr(ShapeEnv, "create_symbol", noting)
+    function = broken(padded)
+    assert_like_eager(torch.compile(function, backend="liger"), function, *heads(256), padding(256))
+    assert counts(reports) == 2 and not symbols, (reports, symbols)
