@@ -27,7 +27,7 @@ def tabulate(value: p.Value, shape: tuple[int, ...], names: str, load: Callable[
         axes[name] = torch.arange(n).view([-1 if j == i else 1 for j in range(len(shape))])
 
     def number(v: p.Linear) -> Any:
-        return sum((n * atom(a) for a, n in v.terms), torch.tensor(v.const))
+        return sum((n * atom(a).long() for a, n in v.terms), torch.tensor(v.const))
 
     def atom(a: p.Atom) -> Any:
         match a:
