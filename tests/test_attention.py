@@ -215,13 +215,17 @@ def one_chunk_by_distance(n):
     return (torch.abs(i // 64 - i[:, None] // 64) == 0) & (i <= i[:, None])
 
 
+def unsqueezed_in_place(n):
+    return ~(torch.ones(n, n).tril_().unsqueeze_(0) < 0.5)
+
+
 def looked_up(n):
     return torch.ones(64, 64, dtype=torch.bool).tril()[None, None, torch.arange(n)][..., :n]
 
 
 CAUSAL = [
     filled_where_it_is_one, filled_in_place_where_it_is_one, filled_twice, logarithm, behind_no_cache, assigned,
-    one_chunk_by_distance, looked_up,
+    one_chunk_by_distance, unsqueezed_in_place, looked_up,
     tril_of_ones, tril_made_bool, tril_compared, not_triu, rows_against_columns, columns_against_rows,
     strictly_below_the_next, difference, not_greater, transposed, expanded, cut_from_a_larger_one, additive_triu,
     additive_where, additive_fill, additive_product, counted_by_cumsum, repeated_rows, one_document,
@@ -390,6 +394,10 @@ def assigned_rows(n):
     return mask
 
 
+def transposed_in_place(n):
+    return torch.ones(n, n, dtype=torch.bool).tril_().t_()
+
+
 def next_chunk(n):
     i = torch.arange(n)
     return ((i[:, None] // 16 - i // 16).abs() == 1) & (i[:, None] >= 0)
@@ -407,7 +415,7 @@ def near_either_side(n):
 
 NOT_CAUSAL = [
     filled_where_it_is_two, filled_elsewhere, filled_the_other_way, logarithm_of_two, behind_a_cache,
-    assigned_one_step_ahead, assigned_rows, next_chunk, two_chunks_by_distance, near_either_side,
+    assigned_one_step_ahead, assigned_rows, transposed_in_place, next_chunk, two_chunks_by_distance, near_either_side,
     mapped_one_step_ahead, mapped_by_batch, mapped_the_other_way,
     all_but_one, beside_the_diagonal, one_step_ahead, the_other_way, window_one_too_short, two_chunks, prefix,
     strided_positions, repeated_along, not_so_low, raised, other_diagonal_for_odd_rows, rounded_positions,

@@ -14,6 +14,7 @@ from liger_compile import predicate as p
 from liger_compile.elements import positions, read
 from liger_compile.graph_terms import GraphTerms
 from liger_compile.predicate import Unread
+from liger_compile.views import settle
 
 NAMES = "abcdefgh"
 
@@ -31,6 +32,7 @@ class Recorder(fx.Interpreter):
 def reading(function, *args):
     """What is read of a function's result; raises AssertionError if it is not the result, or not on the diagonal."""
     gm = capture(function, *args)
+    settle(gm.graph)
     recorder = Recorder(gm)
     (actual,) = recorder.run(*args)
     view = GraphTerms.view(gm.graph)
@@ -71,6 +73,17 @@ def overwritten(x, items, value):
     x = x.clone()
     x[items] = value
     return x.clone()
+
+
+def turned(x, *methods):
+    """Read before and after each method that changes its shape in place, and written to through another view."""
+    first, results = x[0], [x * 2]
+    for name, *args in methods:
+        getattr(x, name)(*args)
+        results.append(x + 1)
+    first += 70
+    results.append(x * 3)
+    return torch.cat([r.flatten() for r in results])
 
 
 def fill(x, where, value):
@@ -167,6 +180,9 @@ READ = {
     "index_put in place": lambda x: (rows(5) + cols(6)).index_put_((rows(5) > cols(6),), torch.tensor(70)) + 1,
     "whole floats written to": lambda x: overwritten(cols(6), slice(2), 3.0),
     "truth values written to": lambda x: overwritten(rows(5) > cols(6), (slice(None), slice(1)), True),
+    "unsqueezed in place": lambda x: torch.ones(5, 6).tril_().unsqueeze_(1) < 0.5,
+    "transposed in place": lambda x: (rows(5) * 10 + cols(6)).transpose_(0, 1).t_().add_(1).swapaxes_(-1, 0) * 1,
+    "squeezed in place": lambda x: (rows(5)[:, None] * 10 + cols(6)).squeeze_(1).mul_(2) + cols(6),
     "float choice in place": lambda x: torch.full((6, 6), -1e9).triu_(1).mul_(cols(6) > rows(6)),
     "float choice": lambda x: torch.where(cols(6) > rows(6), float("-inf"), 0.0),
     "float choice by itself": lambda x: fill(torch.ones(5, 6).triu(1), lambda m: m == 1, float("-inf")),
@@ -197,6 +213,9 @@ ELEMENTS = {
     "integers that wrap around": lambda x: (1 - torch.full((6,), 2, dtype=torch.uint8)) > 0,
     "narrow data that may wrap around": lambda x: (x.to(torch.int8) * 64) > 0,
     "a product of positions": lambda x: cols(6) * rows(6) + x,
+    "turned in place": lambda x: turned(
+        rows(5) * 10 + cols(6), ("unsqueeze_", 1), ("transpose_", 0, -1), ("squeeze_",), ("t_",), ("swapdims_", 0, 1)
+    ),
     "written in place": lambda x: x.clone().add_(1) + cols(6),
     "written to where data says": lambda x: overwritten(cols(6), x > 4, 3) + cols(6),
     "elements written to by number": lambda x: overwritten(cols(6), [0, 2], 7),
