@@ -22,11 +22,16 @@ NAMES = "abcdefgh"
 class Recorder(fx.Interpreter):
     def __init__(self, module):
         super().__init__(module)
-        self.values = {}
+        self.values, self.made = {}, {}
 
     def run_node(self, node):
-        self.values[node] = super().run_node(node)
-        return self.values[node]
+        value = self.values[node] = super().run_node(node)
+        self.made[node] = value.clone() if isinstance(value, torch.Tensor) else value  # without later writes
+        return value
+
+    def value_of(self, term, view):
+        node = view.carriers[term][0]
+        return (self.made if view.of[node] is term else self.values)[node]
 
 
 def reading(function, *args):
@@ -42,7 +47,7 @@ def reading(function, *args):
     value = read(view, view.of[result], at)
 
     def table(v):
-        return tabulate(v, tuple(actual.shape), names, lambda term: recorder.values[view.carriers[term][0]])
+        return tabulate(v, tuple(actual.shape), names, lambda term: recorder.value_of(term, view))
 
     assert torch.equal(table(value).to(actual.dtype), actual), value
     if actual.ndim == 2:
@@ -285,6 +290,12 @@ def integers(rng, depth):
             lambda x: a(x).clone().add_(b(x)).mul_(c),
             lambda x: overwritten(a(x), (slice(None), slice(1, 4)), c),
             lambda x: overwritten(a(x), (slice(2), ...), b(x)[2:]),
+            lambda x: overwritten(a(x), t(x), c),
+            lambda x: overwritten(a(x), (slice(1, 3), t(x)[0]), c),
+            lambda x: torch.where(t(x), a(x).masked_fill(t(x), c), b(x)),
+            lambda x: (a(x) - b(x)).abs(),
+            lambda x: torch.hstack((a(x)[:, k:], b(x)[:, :k])),
+            lambda x: a(x)[:, None, cols(6)].squeeze_(1),
             lambda x: torch.vmap(lambda column: column + k, 1, 1)(a(x)),
             lambda x: pairs(lambda i, j: torch.ops.aten.index(a(x), [i, j]) - j),
         ]
