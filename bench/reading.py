@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from liger_compile import handed, mask_code
+from liger_compile import _torch, handed, mask_code
 from liger_compile import predicate as p
 from liger_compile.elements import attended
 from liger_compile.graph_terms import SAID, GraphTerms
 from liger_compile.terms import Term
+from liger_compile.views import settle
 
 DEFAULTS = (None, None, None, None, 0.0, False)
 """Of the first arguments of `scaled_dot_product_attention`."""
@@ -27,7 +28,7 @@ def tabulate(value: p.Value, shape: tuple[int, ...], names: str, load: Callable[
         axes[name] = torch.arange(n).view([-1 if j == i else 1 for j in range(len(shape))])
 
     def number(v: p.Linear) -> Any:
-        return sum((n * atom(a) for a, n in v.terms), torch.tensor(v.const))
+        return sum((n * atom(a).long() for a, n in v.terms), torch.tensor(v.const))
 
     def atom(a: p.Atom) -> Any:
         match a:
@@ -82,6 +83,9 @@ class Attention:
 
 def attentions(gm: fx.GraphModule, inputs: tuple[Any, ...]) -> list[Attention]:
     """Runs a graph and compares each attention mask, element by element, with what is read of it."""
+    gm = _torch.copy_module(gm)
+    settle(gm.graph)
+    gm.recompile()
     view = GraphTerms.view(gm.graph)
     values: dict[fx.Node, Any] = {}
 

@@ -104,7 +104,7 @@ def static_example(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def run_on_fakes(node: torch.fx.Node, value_of: Any) -> Any:
-    """The example value of a new node, computed from those of its arguments.
+    """The example value of a node, computed from those of its arguments.
 
     Uses the fake tensors' own mode, so that symbolic sizes stay those of the graph. Checked on 2.11, 2.13.
     """
@@ -112,7 +112,8 @@ def run_on_fakes(node: torch.fx.Node, value_of: Any) -> Any:
 
     args = torch.fx.node.map_arg(node.args, value_of)
     kwargs = torch.fx.node.map_arg(node.kwargs, value_of)
-    mode = next((v.fake_mode for v in map(value_of, node.all_input_nodes) if isinstance(v, FakeTensor)), None)
+    known = map(value_of, (*node.all_input_nodes, node))
+    mode = next((v.fake_mode for v in known if isinstance(v, FakeTensor)), None)
     target = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
     with torch.no_grad():
         if mode is None:

@@ -24,6 +24,7 @@ from .predicate import (
     Truth,
     Unread,
     Value,
+    absolute,
     arithmetic,
     at_least_zero,
     choice,
@@ -119,7 +120,7 @@ class _Reader:
         try:
             if rule is None:
                 raise Unread(f"is {term!r}")
-            return rule(self, term, at, *(term.args[1:] if term.op == "call" else term.args))
+            return _held(rule(self, term, at, *(term.args[1:] if term.op == "call" else term.args)), term.dtype)
         except (Unread, TypeError) as error:  # TypeError: arguments the rule does not know
             if term.dtype.is_floating_point or term.dtype.is_complex or not self._is_in_graph(term):
                 raise Unread(str(error)) from error
@@ -141,6 +142,25 @@ class _Reader:
 
     def fresh(self, extent: Linear) -> Linear:
         return index(f"j{next(self._names)}", extent)
+
+
+def _held(value: Value, dtype: torch.dtype) -> Value:
+    """The value, if a tensor of that dtype holds it. Integers wrap around; positions are taken to fit into 32 bits."""
+    if dtype is torch.bool or dtype.is_floating_point or dtype.is_complex:
+        return value
+    range_of, wide = torch.iinfo(dtype), dtype in (torch.int64, torch.int32)
+
+    def one(v: Value) -> Value:
+        if isinstance(v, Linear):
+            if range_of.min <= v.const <= range_of.max if v.is_constant else wide or _is_element(v):
+                return v
+        raise Unread(f"may not fit into {dtype}")
+
+    return mapped(one, number(value))
+
+
+def _is_element(value: Linear) -> bool:
+    return value.const == 0 and [(type(atom), n) for atom, n in value.terms] == [(Element, 1)]
 
 
 Rule = Callable[..., Value]
@@ -244,7 +264,7 @@ def _cast(r: _Reader, term: Term, at: Index, x: Term, dtype: Any) -> Value:
             return float(torch.tensor(v, dtype=torch.float64).to(dtype))
         if isinstance(v, Linear) and v.is_constant and abs(v.const) <= exact:
             return float(v.const)
-        raise Unread("is an integer in floating point")
+        raise Unread(f"is the integer {v!r} in floating point")
 
     return mapped(rounded, number(value))
 
@@ -338,7 +358,7 @@ def _regroup(before: Any, after: Any, at: Index, old: list[int], new: list[int],
 
 @_operation("cat")
 def _cat(r: _Reader, term: Term, at: Index, parts: tuple[Term, ...], dim: int) -> Value:
-    return _joined(r, parts, dim, at)
+    return _as(_joined(r, parts, dim, at), term.dtype)
 
 
 def _joined(r: _Reader, parts: tuple[Term, ...], dim: int, at: Index) -> Value:
@@ -355,21 +375,46 @@ def _joined(r: _Reader, parts: tuple[Term, ...], dim: int, at: Index) -> Value:
 
 @_rule("getitem", "index")
 def _gather(r: _Reader, term: Term, at: Index, x: Term, items: Any) -> Value:
-    """x[i, j, ...] with a tensor, a slice or a number for each dimension; all tensors broadcast together."""
-    items = list(items) if isinstance(items, (tuple, list)) else [items]
-    if any(i is None or i is Ellipsis for i in items) and term.args[0] == "getitem":
-        raise Unread("indexes with data and new dimensions")
-    if any(isinstance(i, slice) and i != slice(None) for i in items):
-        raise Unread("indexes with data and slices")
-    items += [slice(None)] * (len(x.shape) - len(items))
+    """x[i, j, ...] with a tensor or nothing for each dimension; all tensors broadcast together."""
+    if term.args[0] == "index":
+        items = tuple(slice(None) if i is None else i for i in items)  # in x[...] that is a new dimension
+    items = _spelled_out(items, len(x.shape))
+    if any(not isinstance(i, Term) and i is not None and i != slice(None) for i in items):
+        raise Unread("indexes with data and numbers or slices")
     data = [d for d, i in enumerate(items) if isinstance(i, Term)]
-    if not data or any(items[d].dtype is torch.bool for d in data) or data != list(range(data[0], data[-1] + 1)):
+    if not data or any(items[d].dtype in MASKING for d in data) or data != list(range(data[0], data[-1] + 1)):
         raise Unread("indexes with data in a way that is not a plain gather")
     rank = max(len(items[d].shape) for d in data)
     chosen = at[data[0] : data[0] + rank]
-    rest = iter((*at[: data[0]], *at[data[0] + rank :]))
-    moved = [_within(r.operand(items[d], chosen), x.shape[d]) if d in data else next(rest) for d in range(len(items))]
+    rest = [*at[: data[0]], *[None] * len(data), *at[data[0] + rank :]]
+    moved: list[Linear] = []
+    for item, position in zip(items, rest, strict=True):
+        if isinstance(item, Term):
+            moved.append(_within(r.operand(item, chosen), x.shape[len(moved)]))
+        elif item is not None:
+            moved.append(position)
     return r.element(x, tuple(moved))
+
+
+MASKING = frozenset({torch.bool, torch.uint8})
+"""Tensors of these say of each element whether it is meant, others which elements are."""
+
+
+def _spelled_out(items: Any, rank: int) -> list[Any]:
+    """The items of x[items], with one for each dimension of x that has none."""
+    items = list(items) if isinstance(items, (tuple, list)) else [items]
+    named = sum(_dimensions(i) for i in items)
+    front = next((n for n, i in enumerate(items) if i is Ellipsis), None)
+    if front is None:
+        return items + [slice(None)] * (rank - named)
+    return items[:front] + [slice(None)] * (rank - named) + items[front + 1 :]
+
+
+def _dimensions(item: Any) -> int:
+    """How many dimensions of x an item of x[items] is for."""
+    if isinstance(item, Term) and item.dtype in MASKING:
+        return len(item.shape)
+    return 0 if item is None or item is Ellipsis else 1
 
 
 def _within(value: Value, extent: Any) -> Linear:
@@ -396,22 +441,41 @@ def _stacked(r: _Reader, term: Term, at: Index, x: Term, level: int, extent: Any
 
 @_rule("setitem_")
 def _set(r: _Reader, term: Term, at: Index, x: Term, items: Any, value: Any) -> Value:
-    """x[items] = value, as x is afterwards, for slices and numbers that are known."""
-    items = list(items) if isinstance(items, tuple) else [items]
-    if Ellipsis in items:
-        front = items.index(Ellipsis)
-        items[front : front + 1] = [slice(None)] * (len(x.shape) - len(items) + 1)
+    """x[items] = value, as x is afterwards, for slices and numbers that are known, and a mask among them."""
+    items = _spelled_out(items, len(x.shape))
+    if sum(isinstance(i, Term) for i in items) > 1:
+        raise Unread("writes to what several tensors choose together")
     inside: Bool = True
-    within = list(at[len(items) :])
-    for i, item, extent in reversed([*zip(at, items, x.shape, strict=False)]):
-        first, last, step = _range(item, extent)
-        position = plus(i, first, -1)
-        inside = conjunction(inside, at_least_zero(position), at_least_zero(plus(last, i, -1)))
+    within: list[Linear] = []
+    written, end = None, len(at)
+    for item in reversed(items):
+        end -= _dimensions(item)
+        if isinstance(item, Term):
+            inside = conjunction(inside, _chosen(r, item, at[end:]))
+            written = len(within)  # the elements that a mask chooses are one dimension, in which no position is known
+            continue
+        first, last, step = _range(item, x.shape[end])
+        position = plus(at[end], first, -1)
+        inside = conjunction(inside, at_least_zero(position), at_least_zero(plus(last, at[end], -1)))
         if step is not None:
             within.insert(0, position)
-    if isinstance(value, Term) and len(value.shape) > len(within):
+    if isinstance(value, Term) and len(value.shape) > (len(within) if written is None else written):
         raise Unread("writes what has more dimensions than it is written to")
     return choice(inside, _as(r.operand(value, tuple(within)), term.dtype), r.element(x, at))
+
+
+def _chosen(r: _Reader, mask: Term, at: Index) -> Bool:
+    """Whether a mask chooses what is at `at`, whose first dimensions are the mask's."""
+    if mask.dtype is not torch.bool:
+        raise Unread(f"writes to {mask!r}, which is not known")
+    return truth(r.element(mask, at[: len(mask.shape)]))
+
+
+@_rule("index_put")
+def _put(r: _Reader, term: Term, at: Index, x: Term, items: Any, value: Any, accumulate: bool = False) -> Value:
+    if accumulate:
+        raise Unread("adds to what was there, perhaps more than once")
+    return _set(r, term, at, x, tuple(slice(None) if i is None else i for i in items), value)
 
 
 def _range(item: Any, extent: Any) -> tuple[Linear, Linear, int | None]:
@@ -493,6 +557,24 @@ def _neg(r: _Reader, term: Term, at: Index, x: Term) -> Value:
     return arithmetic("sub", linear(0), r.element(x, at))
 
 
+@_operation("abs")
+@_rule("abs")
+def _abs(r: _Reader, term: Term, at: Index, x: Term) -> Value:
+    return absolute(r.element(x, at))
+
+
+@_rule("log")
+def _log(r: _Reader, term: Term, at: Index, x: Term) -> Value:
+    def one(v: Value) -> Value:
+        if v in (0.0, linear(0)):
+            return -math.inf
+        if v in (1.0, linear(1)):
+            return 0.0
+        raise Unread(f"is the logarithm of {v!r}")
+
+    return mapped(one, number(r.element(x, at)))
+
+
 @_rule("where")
 def _where(r: _Reader, term: Term, at: Index, condition: Term, yes: Any, no: Any) -> Value:
     yes, no = (_as(r.operand(v, at), term.dtype) for v in (yes, no))
@@ -508,17 +590,20 @@ def _as(value: Value, dtype: torch.dtype) -> Value:
     """A number as an element of a tensor of that dtype."""
     if dtype is torch.bool:
         return truth(value)
-    if not dtype.is_floating_point:
-        return number(value)
 
-    def one(v: Value) -> Value:
+    def whole(v: Value) -> Value:
+        if isinstance(v, float) and not v.is_integer():
+            raise Unread(f"rounds {v!r} to an integer")
+        return linear(int(v)) if isinstance(v, float) else v
+
+    def floating(v: Value) -> Value:
         if isinstance(v, Linear) and v.is_constant:
             v = float(v.const)
         if not isinstance(v, float):
-            raise Unread("is an integer in floating point")
+            raise Unread(f"is the integer {v!r} in floating point")
         return _overflowing(dtype)(v)
 
-    return mapped(one, number(value))
+    return mapped(floating if dtype.is_floating_point else whole, number(value))
 
 
 @_rule("tril")

@@ -42,6 +42,7 @@ _WRITING_METHODS = {
     for name in (
         *("add", "sub", "mul", "floor_divide", "remainder", "bitwise_and", "bitwise_or", "bitwise_xor"),
         *("bitwise_not", "logical_and", "logical_or", "logical_not", "fill", "zero", "masked_fill", "tril", "triu"),
+        *("abs", "log", "index_put"),
     )
 }
 """Calls that change a tensor in place, and those that give the result as another."""
@@ -207,7 +208,7 @@ class GraphTerms:
         except NotCanonical:
             return None
         bound = args if name == "setitem" else _torch.bind_schema(name, args, kwargs)
-        if bound is None:
+        if bound is None or (name == "setitem" and isinstance(args[1], list)):  # x[[0, 2]] is not x[0, 2]
             return None
         args = (f"{name}_", *(tuple(b) if isinstance(b, list) else b for b in bound))
         term = self.terms.make("call", args, changed[0].dtype, changed[0].shape)

@@ -26,6 +26,7 @@ from .graph_terms import SAID, GraphTerms, call_name, value_of
 from .log import warn_once
 from .predicate import Unread, Value, portable
 from .terms import Term
+from .views import settle
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -147,6 +148,7 @@ def masks_made(gm: fx.GraphModule) -> Made | None:
     if not places:
         return None
     gm = _torch.copy_module(gm)
+    settle(gm.graph)
     view = GraphTerms.view(gm.graph)
     (output,) = gm.graph.find_nodes(op="output")
     known = [*gm.graph.find_nodes(op="placeholder"), *output.args[0]]

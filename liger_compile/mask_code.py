@@ -95,7 +95,8 @@ class _Writer:
             case Index():
                 return atom.name
             case Element():
-                return self.element(atom)
+                wide = atom.tensor.dtype in (torch.int64, torch.int32)  # in others sums wrap around
+                return self.element(atom) + ("" if wide else ".long()")
             case Quotient():
                 return f"(({self.linear(atom.of)}) // {atom.by})"
             case Remainder():

@@ -299,6 +299,8 @@ def conjunction(*values: Bool) -> Bool:
     if False in found or any(negation(b) in found for b in found):
         return False
     found = _strictest(found)
+    if _is_empty(found):
+        return False
     return True if not found else found.pop() if len(found) == 1 else _short(All(frozenset(found)))
 
 
@@ -309,6 +311,13 @@ def _strictest(found: set[Bool]) -> set[Bool]:
         if isinstance(b, AtLeast):
             least[b.of.terms] = min(least.get(b.of.terms, b.of.const), b.of.const)
     return {b for b in found if not isinstance(b, AtLeast) or least[b.of.terms] == b.of.const}
+
+
+def _is_empty(found: set[Bool]) -> bool:
+    """a - 4 >= 0 and 3 - a >= 0"""
+    least = {b.of.terms: b.of.const for b in found if isinstance(b, AtLeast)}
+    opposite = {terms: frozenset((atom, -n) for atom, n in terms) for terms in least}
+    return any(opposite[t] in least and const + least[opposite[t]] < 0 for t, const in least.items())
 
 
 def disjunction(*values: Bool) -> Bool:
@@ -322,6 +331,20 @@ def disjunction(*values: Bool) -> Bool:
 def choice(condition: Bool, yes: Value, no: Value) -> Value:
     if isinstance(condition, bool):
         return yes if condition else no
+    return _choice(condition, _assuming(condition, yes), _assuming(negation(condition), no))
+
+
+def _assuming(condition: Bool, value: Value) -> Value:
+    """The value where `condition` holds: a choice by the same, or by what follows from it, is made."""
+    if not isinstance(value, Choice):
+        return value
+    both = conjunction(condition, value.condition)
+    if both is False or both == condition:
+        return _assuming(condition, value.yes if both else value.no)
+    return _choice(value.condition, _assuming(condition, value.yes), _assuming(condition, value.no))
+
+
+def _choice(condition: Bool, yes: Value, no: Value) -> Value:
     if yes == no or same_where(condition, yes, no):
         return no
     if isinstance(yes, bool) and isinstance(no, bool):
@@ -430,6 +453,13 @@ def truth(value: Value) -> Bool:
 def number(value: Value) -> Value:
     """A truth value as 1 or 0; anything else as it is."""
     return choice(value, linear(1), linear(0)) if is_bool(value) else value
+
+
+def absolute(value: Value) -> Value:
+    def one(v: Value) -> Value:
+        return choice(at_least_zero(v), v, scaled(v, -1)) if isinstance(v, Linear) else abs(v)
+
+    return mapped(one, number(value))
 
 
 def mapped(function: Callable[..., Value], *values: Value) -> Value:

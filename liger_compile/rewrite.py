@@ -19,6 +19,7 @@ from .pattern import Spelling, name_of, target_of
 from .registry import patterns
 from .report import GraphReport, Miss, Place, Report, Rewritten
 from .terms import Term
+from .views import settle
 
 BODIES = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint", "invoke_subgraph", "wrap"})
 """Higher-order operations whose bodies run as they stand, so that rewriting them is rewriting the graph."""
@@ -60,6 +61,7 @@ def _rewrite_module(
     graph which the body is to be given behind what it was given before.
     """
     after = _torch.copy_module(gm)
+    settle(after.graph)
     view = GraphTerms.view(after.graph, caller.region[calls[0]] if caller is not None else None)
     if caller is not None and len(calls) == 1:
         view.inputs_from(caller, calls[0].args)

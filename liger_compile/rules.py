@@ -280,6 +280,7 @@ def _unary(op: str) -> Callable[..., Term]:
 for _name in ("sqrt", "rsqrt", "exp", "tanh", "sigmoid", "silu", "relu", "softplus", "mish", "abs"):
     RULES[_name] = _unary(_name)
 RULES["swish"] = RULES["silu"]
+RULES["absolute"] = RULES["abs"]
 
 
 @rule("clamp", "clip")
@@ -796,13 +797,21 @@ def _move_dim(c: Call, x: Term, source: int, destination: int) -> Term:
 
 @rule("cat", "concat", "concatenate")
 def cat(c: Call, tensors: Any, dim: int = 0) -> Term:
-    parts = tuple(tensors)
+    parts = tuple(p for p in tensors if not same(p.shape, (0,))) or tuple(tensors)  # such a part may lack dimensions
     dim = _negative(parts[0], dim)
     inner = {p.args[0].dtype for p in parts if p.op == "cast"}
     if all(widens(p) for p in parts) and len(inner) == 1:  # cat(cast(x), cast(y)) -> cast(cat(x, y))
         whole = c.step("cat", tuple(p.args[0] for p in parts), dim, dtype=inner.pop(), shape=c.shape)
         return cast(c, whole, parts[0].args[1])
     return c.step("cat", parts, dim, dtype=c.dtype or _infer_dtype("cat", parts), shape=c.shape)
+
+
+@rule("hstack")
+def _hstack(c: Call, tensors: Any) -> Term:
+    ranks = {None if p.shape is None else len(p.shape) for p in tensors}
+    if len(ranks) != 1 or ranks & {None, 0}:
+        raise NotCanonical("joins tensors of several ranks")
+    return cat(c, tensors, 0 if ranks == {1} else 1)
 
 
 @rule("stack")

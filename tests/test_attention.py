@@ -177,7 +177,55 @@ def written_to(n):
     return mask
 
 
+def filled_where_it_is_one(n):
+    """As PyTorch's tutorial did, and those who learned from it."""
+    mask = torch.triu(torch.ones(n, n), diagonal=1)
+    return mask.masked_fill(mask == 1, float("-inf"))
+
+
+def filled_in_place_where_it_is_one(n):
+    mask = torch.triu(torch.ones(n, n), diagonal=1)
+    mask.masked_fill_(mask == 1, LOWEST)
+    return mask.view(1, 1, n, n)
+
+
+def filled_twice(n):
+    mask = (torch.triu(torch.ones(n, n)) == 1).transpose(0, 1)
+    return mask.float().masked_fill(mask == 0, float("-inf")).masked_fill(mask == 1, 0.0)
+
+
+def logarithm(n):
+    return torch.log(torch.tril(torch.ones(n, n)))
+
+
+def behind_no_cache(n):
+    return torch.hstack([torch.zeros(n, 0), torch.full((n, n), float("-inf")).triu_(1)])
+
+
+def assigned(n):
+    i = torch.arange(n)
+    mask = torch.ones(n, n)
+    mask[i[:, None] < i] = float("-inf")
+    mask[i[:, None] >= i] = 0.0
+    return mask
+
+
+def one_chunk_by_distance(n):
+    i = torch.arange(n)
+    return (torch.abs(i // 64 - i[:, None] // 64) == 0) & (i <= i[:, None])
+
+
+def unsqueezed_in_place(n):
+    return ~(torch.ones(n, n).tril_().unsqueeze_(0) < 0.5)
+
+
+def looked_up(n):
+    return torch.ones(64, 64, dtype=torch.bool).tril()[None, None, torch.arange(n)][..., :n]
+
+
 CAUSAL = [
+    filled_where_it_is_one, filled_in_place_where_it_is_one, filled_twice, logarithm, behind_no_cache, assigned,
+    one_chunk_by_distance, unsqueezed_in_place, looked_up,
     tril_of_ones, tril_made_bool, tril_compared, not_triu, rows_against_columns, columns_against_rows,
     strictly_below_the_next, difference, not_greater, transposed, expanded, cut_from_a_larger_one, additive_triu,
     additive_where, additive_fill, additive_product, counted_by_cumsum, repeated_rows, one_document,
@@ -312,7 +360,62 @@ def mapped_the_other_way(n):
     return every_pair(lambda b, h, k, q: k <= q, 2, 1, n, n)
 
 
+def filled_where_it_is_two(n):
+    mask = torch.triu(torch.ones(n, n), diagonal=1)
+    return mask.masked_fill(mask == 2, float("-inf"))
+
+
+def filled_elsewhere(n):
+    return torch.triu(torch.ones(n, n), diagonal=1).masked_fill(torch.ones(n, n).triu(2) == 1, float("-inf"))
+
+
+def filled_the_other_way(n):
+    mask = torch.triu(torch.ones(n, n), diagonal=1)
+    return mask.masked_fill(mask == 0, float("-inf"))
+
+
+def logarithm_of_two(n):
+    return torch.log(torch.tril(torch.ones(n, n)) * 2)
+
+
+def behind_a_cache(n):
+    return torch.hstack([torch.zeros(n, 2), torch.full((n, n), float("-inf")).triu(1)])[:, :n]
+
+
+def assigned_one_step_ahead(n):
+    mask = torch.zeros(n, n)
+    mask[torch.ones(n, n, dtype=torch.bool).triu(2)] = float("-inf")
+    return mask
+
+
+def assigned_rows(n):
+    mask = torch.ones(n, n, dtype=torch.bool).tril()
+    mask[[0, 2]] = True
+    return mask
+
+
+def transposed_in_place(n):
+    return torch.ones(n, n, dtype=torch.bool).tril_().t_()
+
+
+def next_chunk(n):
+    i = torch.arange(n)
+    return ((i[:, None] // 16 - i // 16).abs() == 1) & (i[:, None] >= 0)
+
+
+def two_chunks_by_distance(n):
+    i = torch.arange(n)
+    return ((i[:, None] // 16 - i // 16).abs() == 0) & (i[:, None] >= i)
+
+
+def near_either_side(n):
+    i = torch.arange(n)
+    return (i[:, None] - i).abs() <= 3
+
+
 NOT_CAUSAL = [
+    filled_where_it_is_two, filled_elsewhere, filled_the_other_way, logarithm_of_two, behind_a_cache,
+    assigned_one_step_ahead, assigned_rows, transposed_in_place, next_chunk, two_chunks_by_distance, near_either_side,
     mapped_one_step_ahead, mapped_by_batch, mapped_the_other_way,
     all_but_one, beside_the_diagonal, one_step_ahead, the_other_way, window_one_too_short, two_chunks, prefix,
     strided_positions, repeated_along, not_so_low, raised, other_diagonal_for_odd_rows, rounded_positions,
@@ -328,7 +431,10 @@ def test_not_causal(mask):
     assert any(words in report.misses[0].reason for words in ("attends where", "cannot be read", "setitem")), report
 
 
-BY_EXPRESSION = set(NOT_CAUSAL) - {not_so_low, raised, rounded_positions}
+BY_EXPRESSION = set(NOT_CAUSAL) - {
+    *(not_so_low, raised, rounded_positions, filled_where_it_is_two, filled_elsewhere, filled_the_other_way),
+    *(logarithm_of_two, assigned_rows),
+}
 
 
 @pytest.mark.parametrize("mask", NOT_CAUSAL, ids=lambda f: f.__name__)

@@ -14,6 +14,7 @@ from liger_compile import predicate as p
 from liger_compile.elements import positions, read
 from liger_compile.graph_terms import GraphTerms
 from liger_compile.predicate import Unread
+from liger_compile.views import settle
 
 NAMES = "abcdefgh"
 
@@ -21,16 +22,22 @@ NAMES = "abcdefgh"
 class Recorder(fx.Interpreter):
     def __init__(self, module):
         super().__init__(module)
-        self.values = {}
+        self.values, self.made = {}, {}
 
     def run_node(self, node):
-        self.values[node] = super().run_node(node)
-        return self.values[node]
+        value = self.values[node] = super().run_node(node)
+        self.made[node] = value.clone() if isinstance(value, torch.Tensor) else value  # without later writes
+        return value
+
+    def value_of(self, term, view):
+        node = view.carriers[term][0]
+        return (self.made if view.of[node] is term else self.values)[node]
 
 
 def reading(function, *args):
     """What is read of a function's result; raises AssertionError if it is not the result, or not on the diagonal."""
     gm = capture(function, *args)
+    settle(gm.graph)
     recorder = Recorder(gm)
     (actual,) = recorder.run(*args)
     view = GraphTerms.view(gm.graph)
@@ -40,7 +47,7 @@ def reading(function, *args):
     value = read(view, view.of[result], at)
 
     def table(v):
-        return tabulate(v, tuple(actual.shape), names, lambda term: recorder.values[view.carriers[term][0]])
+        return tabulate(v, tuple(actual.shape), names, lambda term: recorder.value_of(term, view))
 
     assert torch.equal(table(value).to(actual.dtype), actual), value
     if actual.ndim == 2:
@@ -71,6 +78,21 @@ def overwritten(x, items, value):
     x = x.clone()
     x[items] = value
     return x.clone()
+
+
+def turned(x, *methods):
+    """Read before and after each method that changes its shape in place, and written to through another view."""
+    first, results = x[0], [x * 2]
+    for name, *args in methods:
+        getattr(x, name)(*args)
+        results.append(x + 1)
+    first += 70
+    results.append(x * 3)
+    return torch.cat([r.flatten() for r in results])
+
+
+def fill(x, where, value):
+    return x.masked_fill(where(x), value)
 
 
 def twice_written(x):
@@ -104,10 +126,19 @@ READ = {
     "new dimensions": lambda x: cols(5)[None, :, None] + cols(3),
     "expand": lambda x: cols(5)[:, None].expand(5, 4) + 0,
     "cat": lambda x: torch.cat((cols(3), cols(5) * 2, cols(2) + 40)),
+    "cat with nothing": lambda x: torch.cat((cols(0), rows(5) + cols(6), rows(5) * 10, rows(5))[:2] * 2, 0),
+    "cat of two dtypes": lambda x: torch.cat((torch.zeros(2), torch.ones(3, dtype=torch.int64))),
+    "hstack": lambda x: torch.hstack((rows(5) + cols(6), rows(5) * 10)),
+    "hstack of one dimension": lambda x: torch.hstack((cols(3), cols(4) * 2)),
+    "hstack with no columns": lambda x: torch.hstack((torch.zeros(5, 0), torch.ones(5, 6).tril())),
     "chunk": lambda x: (rows(4) + cols(6)).chunk(2, -1)[1],
     "repeat_interleave": lambda x: cols(4).repeat_interleave(3, 0),
     "gather": lambda x: (cols(6) * cols(1)[0] + 2 * cols(6))[rows(3) + 1],
     "gather in two": lambda x: (rows(6) * 10 + cols(6))[rows(3), cols(5)],
+    "gather behind new dimensions": lambda x: (rows(6) * 10 + cols(6))[None, None, cols(4) + 2],
+    "gather before a new dimension": lambda x: (rows(6) * 10 + cols(6))[cols(4) + 2, None],
+    "gather from the last dimension": lambda x: (rows(5) * 10 + cols(6))[..., cols(3)],
+    "gather by an operator": lambda x: torch.ops.aten.index(rows(5) * 10 + cols(6), [None, cols(3)]),
     "diff": lambda x: torch.diff(cols(6) * 3),
     "diff with prepend": lambda x: torch.diff(cols(6), prepend=cols(1) - 1),
     "cumsum": lambda x: torch.ones(6, dtype=torch.int64).cumsum(0) * 2,
@@ -115,6 +146,9 @@ READ = {
     "where as a method": lambda x: cols(6).where(cols(6) > 3, -cols(6)),
     "where of truth values": lambda x: (cols(6) > 1).where(cols(6) > 3, cols(6) < 2),
     "masked_fill": lambda x: cols(6).masked_fill(cols(6) % 2 == 0, -1),
+    "masked_fill of one that was": lambda x: cols(6).masked_fill(cols(6) < 2, 9).masked_fill(cols(6) < 4, 7),
+    "absolute": lambda x: (cols(6) - rows(5)).abs() * 2 + torch.abs(-cols(6)) + torch.absolute(cols(6) - 7),
+    "absolute in place": lambda x: (cols(6) - rows(5)).abs_() > 1,
     "tril": lambda x: torch.ones(5, 6, dtype=torch.int64).tril(1) + torch.ones(5, 6, dtype=torch.int64).triu(-1),
     "and": lambda x: (cols(6) > 2) & (rows(6) < 4),
     "or": lambda x: (cols(6) > 2) | (rows(6) < 4) | (cols(6) == rows(6)),
@@ -141,9 +175,26 @@ READ = {
     "a block written to": lambda x: overwritten(rows(5) + cols(6), (slice(1, 3), slice(2)), cols(4)[2:] * 100),
     "a column written to": lambda x: overwritten(rows(5) + cols(6), (..., -1), cols(5) * 100),
     "a row written to": lambda x: overwritten(rows(5) + cols(6), 2, 7),
+    "a mask written to": lambda x: overwritten(rows(5) + cols(6), rows(5) > cols(6), 70),
+    "rows of a mask written to": lambda x: overwritten(rows(5) + cols(6), cols(5) > 2, cols(6) * 100),
+    "columns of a mask written to": lambda x: overwritten(rows(5) + cols(6), (slice(1, 3), cols(6) > 2), 70),
+    "a mask of a row written to": lambda x: overwritten(rows(5) + cols(6), (2, cols(6) > 2), 70),
+    "a mask and a range written to": lambda x: overwritten(rows(5) + cols(6), (cols(5) > 2, slice(2, 4)), cols(2)),
+    "a mask in the middle written to": lambda x: overwritten(cols(30).view(5, 3, 2), (..., cols(3) > 1, -1), 70),
+    "index_put": lambda x: (rows(5) + cols(6)).index_put((rows(5) > cols(6),), torch.tensor(70)),
+    "index_put in place": lambda x: (rows(5) + cols(6)).index_put_((rows(5) > cols(6),), torch.tensor(70)) + 1,
+    "whole floats written to": lambda x: overwritten(cols(6), slice(2), 3.0),
     "truth values written to": lambda x: overwritten(rows(5) > cols(6), (slice(None), slice(1)), True),
+    "unsqueezed in place": lambda x: torch.ones(5, 6).tril_().unsqueeze_(1) < 0.5,
+    "transposed in place": lambda x: (rows(5) * 10 + cols(6)).transpose_(0, 1).t_().add_(1).swapaxes_(-1, 0) * 1,
+    "squeezed in place": lambda x: (rows(5)[:, None] * 10 + cols(6)).squeeze_(1).mul_(2) + cols(6),
     "float choice in place": lambda x: torch.full((6, 6), -1e9).triu_(1).mul_(cols(6) > rows(6)),
     "float choice": lambda x: torch.where(cols(6) > rows(6), float("-inf"), 0.0),
+    "float choice by itself": lambda x: fill(torch.ones(5, 6).triu(1), lambda m: m == 1, float("-inf")),
+    "float choice by a part of it": lambda x: fill(torch.ones(5, 6).triu(1), lambda m: cols(6) > rows(5) + 2, -1e9),
+    "logarithm": lambda x: torch.ones(5, 6).tril(1).log(),
+    "logarithm of truth values": lambda x: torch.log(cols(6) > rows(5)),
+    "logarithm in place": lambda x: torch.ones(5, 6).tril(1).log_() * 2,
     "float product": lambda x: (1.0 - (cols(6) <= rows(6)).float()) * -10000.0,
 }
 
@@ -160,11 +211,24 @@ ELEMENTS = {
     "data in a mask": lambda x: (x > 3) & (cols(6) <= rows(6)),
     "sorted": lambda x: x.sort().values + 1,
     "positions that may be negative": lambda x: x[cols(4) - 2],
+    "gathered from a row": lambda x: (rows(5) * 10 + cols(6))[2, cols(3)],
+    "gathered where a dimension is between": lambda x: (rows(5) * 10 + cols(6))[cols(3), None, cols(3)],
     "bits": lambda x: (cols(6) & 3) + x,
     "narrow integers": lambda x: cols(6).to(torch.int8) + x,
+    "integers that wrap around": lambda x: (1 - torch.full((6,), 2, dtype=torch.uint8)) > 0,
+    "narrow data that may wrap around": lambda x: (x.to(torch.int8) * 64) > 0,
     "a product of positions": lambda x: cols(6) * rows(6) + x,
+    "turned in place": lambda x: turned(
+        rows(5) * 10 + cols(6), ("unsqueeze_", 1), ("transpose_", 0, -1), ("squeeze_",), ("t_",), ("swapdims_", 0, 1)
+    ),
     "written in place": lambda x: x.clone().add_(1) + cols(6),
-    "written to where it is not known": lambda x: overwritten(cols(6), x > 4, 3) + cols(6),
+    "written to where data says": lambda x: overwritten(cols(6), x > 4, 3) + cols(6),
+    "elements written to by number": lambda x: overwritten(cols(6), [0, 2], 7),
+    "elements written to by tensor": lambda x: overwritten(cols(6), cols(3), 7),
+    "two masks written to": lambda x: overwritten(rows(6) + cols(6), (cols(6) > 2, cols(6) > 2), 7),
+    "an element of a mask for each row": lambda x: overwritten(rows(6) + cols(6), (slice(None), cols(6) > 2), rows(6)),
+    "added to a mask": lambda x: cols(6).index_put((cols(6) > 2,), torch.tensor(7), accumulate=True),
+    "rounded when written": lambda x: overwritten(cols(6), slice(2), 2.7),
     "data in a vmap": lambda x: pairs(lambda i, j: torch.ops.aten.index(x, [j]) > i),
     "data mapped over": lambda x: torch.vmap(lambda e: e + cols(4))(x),
 }
@@ -226,6 +290,12 @@ def integers(rng, depth):
             lambda x: a(x).clone().add_(b(x)).mul_(c),
             lambda x: overwritten(a(x), (slice(None), slice(1, 4)), c),
             lambda x: overwritten(a(x), (slice(2), ...), b(x)[2:]),
+            lambda x: overwritten(a(x), t(x), c),
+            lambda x: overwritten(a(x), (slice(1, 3), t(x)[0]), c),
+            lambda x: torch.where(t(x), a(x).masked_fill(t(x), c), b(x)),
+            lambda x: (a(x) - b(x)).abs(),
+            lambda x: torch.hstack((a(x)[:, k:], b(x)[:, :k])),
+            lambda x: a(x)[:, None, cols(6)].squeeze_(1),
             lambda x: torch.vmap(lambda column: column + k, 1, 1)(a(x)),
             lambda x: pairs(lambda i, j: torch.ops.aten.index(a(x), [i, j]) - j),
         ]
@@ -291,6 +361,22 @@ def test_stricter_bounds_win():
     below, near = p.at_least_zero(p.plus(q, k, -1)), p.at_least_zero(p.plus(p.plus(q, k, -1), p.linear(3)))
     assert p.conjunction(below, near) == below
     assert p.disjunction(below, near) == near
+    assert p.conjunction(p.negation(near), below) is False
+    assert p.disjunction(p.negation(below), near) is True
+    assert p.conjunction(p.negation(below), near) not in (True, False)
+
+
+def test_choices_by_what_is_known():
+    below, near = p.at_least_zero(p.plus(q, k, -1)), p.at_least_zero(p.plus(p.plus(q, k, -1), p.linear(3)))
+    padding = p.Truth(p.Element("x", (k,)))
+    inner = p.choice(below, 1.0, 2.0)
+    assert p.choice(below, 0.0, inner) == p.choice(below, 0.0, 2.0)
+    assert p.choice(p.negation(below), inner, 0.0) == p.choice(p.negation(below), 2.0, 0.0)
+    assert p.choice(near, 0.0, inner) == p.choice(near, 0.0, 2.0)  # what is below is near
+    assert p.choice(p.conjunction(below, padding), inner, 0.0) == p.choice(p.conjunction(below, padding), 1.0, 0.0)
+    assert p.choice(below, 0.0, p.choice(padding, inner, 3.0)) == p.choice(below, 0.0, p.choice(padding, 2.0, 3.0))
+    for other in (padding, p.negation(near), p.conjunction(below, padding)):
+        assert repr(inner) in repr(p.choice(other, 0.0, inner))
 
 
 def test_one_position_for_another():
