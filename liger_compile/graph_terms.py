@@ -9,7 +9,7 @@ import functools
 import inspect
 import operator
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -278,6 +278,19 @@ class GraphTerms:
         if node.target is operator.neg:
             return self.terms.make("neg", (self._number(node.args[0]),))
         return self.terms.make("number", (node.name,))
+
+    def sources(self, terms: Iterable[Any]) -> dict[fx.Node, Term]:
+        """The nodes that exist in the graph and from which values are read."""
+        found: dict[fx.Node, Term] = {}
+        todo = [t for t in terms if isinstance(t, Term)]
+        while todo:
+            term = todo.pop()
+            nodes = self.carriers.get(term)
+            if nodes:
+                found[nodes[0]] = term
+            else:  # computed only implicitly (a cast by autocast): its own operands are what is read
+                todo.extend(a for a in term.args if isinstance(a, Term))
+        return found
 
     def is_pure(self, node: fx.Node) -> bool:
         """Whether a call can be left out if nobody reads its result: it writes nothing and draws no random numbers."""

@@ -18,7 +18,7 @@ from torch import fx
 
 from .graph_terms import GraphTerms, value_of
 from .pattern import Pattern, Spelling, subterms
-from .rules import Call, mul
+from .rules import Call, mul, negated
 from .terms import COMMUTATIVE, Expr, Term, describe, evaluate, same
 
 if TYPE_CHECKING:
@@ -74,6 +74,10 @@ class Match:
     def nodes(self, name: str) -> list[fx.Node]:
         """The nodes that hold an operand; none if the graph computes it only implicitly."""
         return self.view.carriers.get(self.captures[name], [])
+
+    def requires_grad(self, name: str) -> bool:
+        """Whether an operand needs a gradient, or what it is read from if the graph computes it only implicitly."""
+        return any(value_of(n).requires_grad for n in self.view.sources([self.captures[name]]))
 
 
 @dataclass(frozen=True)
@@ -307,6 +311,8 @@ class Matcher:
                 yield from self._operands(p, t, state)
                 yield from self._slice_of_slice(p, t, state)
             elif p.op != t.op:
+                if p.op == "sub" and t.op == "add":
+                    yield from self._difference(p, t, state)
                 yield from self._other_operation(p, t, state, inside)
             else:
                 yield from self._operands(p, t, state)
@@ -430,6 +436,17 @@ class Matcher:
                 for a, b in (p.args, reversed(p.args)):
                     if isinstance(b, Term) and b.op in ("mul", "square", "silu") and regrouped.op == b.op:
                         yield from self._all([(a, x), (b, regrouped)], state, t, t.dtype)
+
+    def _difference(self, p: Term, t: Term, state: _State) -> Iterator[_State]:
+        """x + y * -z is also x - y * z, to the bit."""
+        for x, product in (t.args, reversed(t.args)):
+            if not (isinstance(product, Term) and product.op == "mul"):
+                continue
+            call = Call(self.view.terms, product.dtype, product.shape)
+            for y, z in (product.args, reversed(product.args)):
+                if (opposite := negated(call, z)) is not None:
+                    pairs = zip(p.args, (x, mul(call, y, opposite)), strict=True)
+                    yield from self._all(list(pairs), state.pair(p, t), t, t.dtype)
 
     def _all(
         self, pairs: list[tuple[Any, Any]], state: _State, inside: Term, context: torch.dtype | None

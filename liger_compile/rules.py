@@ -181,6 +181,8 @@ def mul(c: Call, x: Any, other: Any) -> Term:
     if not isinstance(y, Term):
         if same(y, -1):
             return neg(c, x)  # x * -1 -> -x
+        if same(y, 1) and _keeps_dtype(c, x):
+            return x  # x * 1.0 -> x
         return elementwise(c, "mul", x, y)
     if x is y:
         return elementwise(c, "square", x)  # x * x -> square(x)
@@ -188,6 +190,11 @@ def mul(c: Call, x: Any, other: Any) -> Term:
         if b.op == "sigmoid" and b.args[0] is a:
             return elementwise(c, "silu", a)  # x * sigmoid(x) -> silu(x)
     return elementwise(c, "mul", x, y)
+
+
+def _keeps_dtype(c: Call, x: Term) -> bool:
+    """Whether the call's result has the dtype of x: not 1.0 times integers."""
+    return c.dtype is None or c.dtype is x.dtype
 
 
 @rule("div", "divide", "true_divide", "truediv")
@@ -200,6 +207,8 @@ def div(c: Call, x: Any, other: Any, *, rounding_mode: str | None = None) -> Ter
         return inverse if same(x, 1) else mul(c, x, inverse)  # x / y -> x * reciprocal(y)
     if x.op == "sum" and isinstance(x.args[1], int) and same(y, size(x.args[0], x.args[1])):
         return c("mean", *x.args)  # sum(x) / n -> mean(x)
+    if same(y, 1) and _keeps_dtype(c, x):
+        return x  # x / 1 -> x
     return elementwise(c, "mul", x, c.terms.make("reciprocal", (y,)))
 
 
@@ -208,11 +217,8 @@ def reciprocal(c: Call, x: Term) -> Term:
     if x.op == "sqrt":
         return elementwise(c, "rsqrt", x.args[0])  # 1 / sqrt(x) -> rsqrt(x)
     if x.op == "add" and same(x.args[1], 1) and x.args[0].op == "exp":
-        power = x.args[0].args[0]
-        if power.op == "neg":
-            return elementwise(c, "sigmoid", power.args[0])  # 1 / (1 + exp(-x)) -> sigmoid(x)
-        if widens(power) and power.args[0].op == "neg":  # 1 / (1 + exp(cast(-x))) -> sigmoid(cast(x))
-            return elementwise(c, "sigmoid", cast(c, power.args[0].args[0], power.args[1]))
+        if (opposite := negated(c, x.args[0].args[0])) is not None:
+            return elementwise(c, "sigmoid", opposite)  # 1 / (1 + exp(-x)) -> sigmoid(x)
     return elementwise(c, "reciprocal", x)
 
 
@@ -252,6 +258,15 @@ def neg(c: Call, x: Term) -> Term:
     if x.op == "neg":
         return x.args[0]
     return _through_cast(c, x, lambda y: c.step("neg", y, like=y))
+
+
+def negated(c: Call, x: Any) -> Term | None:
+    """y, if x is -y, perhaps cast to a wider dtype."""
+    if not isinstance(x, Term):
+        return None
+    if widens(x) and x.args[0].op == "neg":
+        return cast(c, x.args[0].args[0], x.args[1])
+    return x.args[0] if x.op == "neg" else None
 
 
 @rule("pow")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 
 import pytest
@@ -353,6 +354,10 @@ def glu_contiguous(g, u):
     return F.silu(g).contiguous() * u
 
 
+def glu_times_one(g, u):
+    return (F.silu(g * 1) * 1.0 * u) / 1.0
+
+
 GLUS = [f for name, f in list(globals().items()) if name.startswith("glu_")]
 
 
@@ -374,6 +379,14 @@ def test_swiglu_of_two_dtypes(narrow):
     report = report_of(glu_llama, g, u)
     assert report.counts == {"swiglu": 1}, report
     torch.testing.assert_close(report.graphs[0].after(*ordered(report, g=g, u=u))[0], glu_llama(g, u))
+
+
+def test_integers_times_one_are_no_integers():
+    """Nor is the number a scale of the gate, which is no gate as it stands."""
+    report = report_of(lambda g, u: F.silu(g * 1.0) * (u / 1), *(torch.arange(24).view(4, 6) for _ in "gu"))
+    (call,) = [n for n in report.graphs[0].after.graph.nodes if "glu" in str(n.target)]
+    assert report.counts == {"swiglu": 1}, report
+    assert (call.kwargs["gate"].target, call.kwargs["up"].target) == (operator.mul, operator.truediv)
 
 
 def packed_chunk(h):
@@ -841,6 +854,69 @@ def rope_neighbours_to_halves(q, k, cos, sin):
     return one(q), one(k)
 
 
+def rope_of_a_table(q, k, cos, sin):
+    """As torchtune's: cos and sin are pairs of one float32 table, by which x and the angles could change places."""
+    q, k, table = q.transpose(1, 2), k.transpose(1, 2), torch.stack((cos[0, :, :4], sin[0, :, :4]), -1).float()
+
+    def one(x):
+        pairs = x.float().reshape(*x.shape[:-1], -1, 2)
+        at = table.view(1, x.shape[1], 1, pairs.shape[-2], 2)
+        first = pairs[..., 0] * at[..., 0] - pairs[..., 1] * at[..., 1]
+        second = pairs[..., 1] * at[..., 0] + pairs[..., 0] * at[..., 1]
+        return torch.stack((first, second), -1).flatten(3).type_as(x)
+
+    return one(q), one(k)
+
+
+def rope_by_pairs_back(q, k, cos, sin):
+    """As in nanochat."""
+    cos, sin = cos[..., :4].unsqueeze(1), sin[..., :4].unsqueeze(1)
+
+    def one(x):
+        d = x.shape[3] // 2
+        first, second = x[..., :d], x[..., d:]
+        return torch.cat([first * cos + second * sin, first * (-sin) + second * cos], 3).to(x.dtype)
+
+    return one(q), one(k)
+
+
+def rope_by_pairs_back_in_float32(q, k, cos, sin):
+    """As in modded-nanogpt."""
+    cos, sin = cos[..., :4].unsqueeze(1).float(), sin[..., :4].unsqueeze(1).float()
+
+    def one(x):
+        first, second = x.to(torch.float32).chunk(2, dim=-1)
+        return torch.cat((first * cos + second * sin, first * (-sin) + second * cos), 3).type_as(x)
+
+    return one(q), one(k)
+
+
+def rope_by_pairs_back_difference(q, k, cos, sin):
+    cos, sin = cos[..., :4].unsqueeze(1), sin[..., :4].unsqueeze(1)
+
+    def one(x):
+        first, second = x[..., 0::2], x[..., 1::2]
+        return torch.stack((second * sin + first * cos, second * cos - first * sin), -1).flatten(-2)
+
+    return one(q), one(k)
+
+
+def rope_by_pairs_of_negatives(q, k, cos, sin):
+    cos, sin = cos[..., :4].unsqueeze(1), sin[..., :4].unsqueeze(1)
+
+    def one(x):
+        first, second = x.float().chunk(2, -1)
+        return torch.cat((-second * sin + first * cos, first * sin + cos * second), -1).type_as(x)
+
+    return one(q), one(k)
+
+
+def rope_with_a_scale_of_one(q, k, cos, sin):
+    """As in rotary-embedding-torch."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos * 1.0 + neighbours(q) * sin * 1.0, k * cos / 1 + neighbours(k) * sin / 1.0
+
+
 def as_complex(x):
     return torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
 
@@ -879,6 +955,25 @@ def test_rope(function, dtype):
     for result, expected in zip(results, function(q, k, cos, sin), strict=True):
         torch.testing.assert_close(result, expected)
         assert result.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("batch, heads", [(2, 4), (2, 1), (1, 1)])
+def test_angles_that_are_shaped_as_what_they_turn(batch, heads, dtype):
+    """Of two tensors that could be x by the formula alone, it is the one that the other broadcasts to, and that may
+    have a gradient."""
+    x, table = torch.randn(batch, 5, heads, 8, dtype=dtype, requires_grad=True), torch.randn(1, 5, 1, 4, 2)
+
+    def function(x, t):
+        a = x.float().reshape(*x.shape[:-1], -1, 2)
+        first = a[..., 0] * t[..., 0] - a[..., 1] * t[..., 1]
+        return torch.stack((first, a[..., 1] * t[..., 0] + a[..., 0] * t[..., 1]), -1).flatten(3).type_as(x)
+
+    report = report_of(function, x, table)
+    assert report.counts == {"rope": 1}, report
+    (call,) = [n for n in report.graphs[0].after.graph.nodes if "rope" in str(n.target)]
+    assert call.kwargs["x"].op == "placeholder"
+    torch.testing.assert_close(report.graphs[0].after(*ordered(report, x=x, t=table))[0], function(x, table))
 
 
 def test_rope_on_one_tensor():
@@ -1153,6 +1248,15 @@ def parts(x, cos, other_cos, sin, last):
     return torch.cat((x1 * cos - x2 * sin, last(x2 * other_cos, x1 * sin)), -1)
 
 
+def both(x, first, second):
+    return torch.cat((first(*x.chunk(2, -1)), second(*x.chunk(2, -1))), -1)
+
+
+def angles_implied(x, table):
+    c, s = table.float().chunk(2, -1)
+    return parts(x, c, c, s, torch.add)
+
+
 def complex_product(x, freqs):
     return as_complex(x) * freqs
 
@@ -1206,6 +1310,12 @@ NEAR_MISSES = [
     ("rope", r"in one place", lambda x, c, s: x * c + neighbours(x.relu()) * s, (Q, COS, SIN)),
     ("rope", r"sub.*add", lambda x, c, s: parts(x, c, c, s, lambda a, b: a - b), (Q, COS[..., :4], SIN[..., :4])),
     ("rope", r"in one place", lambda x, c, s: parts(x, c, c.exp(), s, torch.add), (Q, COS[..., :4], SIN[..., :4])),
+    ("rope", r"in one place|where the pattern", lambda x, c, s: both(x, lambda a, b: a * c + b * s, lambda a, b: a * s + b * c), (Q, COS[..., :4], SIN[..., :4])),
+    ("rope", r"in one place|where the pattern", lambda x, c, s: both(x, lambda a, b: a * c + b * -s, lambda a, b: b * c + a * -s), (Q, COS[..., :4], SIN[..., :4])),
+    ("rope", r"in one place|where the pattern", lambda x, c, s: both(x, lambda a, b: a * c + b * s, lambda a, b: a * s - b * c), (Q, COS[..., :4], SIN[..., :4])),
+    ("rope", r"in one place|where the pattern", lambda x, c, s: both(x, lambda a, b: a * c + b * s, lambda a, b: -a * s + b * -c), (Q, COS[..., :4], SIN[..., :4])),
+    ("rope", r"needs a gradient", angles_implied, (Q.bfloat16(), torch.cat((COS[..., :4], SIN[..., :4]), -1).bfloat16().requires_grad_())),
+    ("rope", r"does not broadcast", lambda x, c, s: parts(x, c, c, s, torch.add), (Q[:1], COS[..., :4].expand(2, 4, 5, 4), SIN[..., :4].expand(2, 4, 5, 4))),
     ("rope", r"1 components", lambda x, c, s: parts(x, c, c, s, torch.add), (Q, COS[..., :1], SIN[..., :1])),
     ("rope", r"complex128", lambda x, c: torch.view_as_real(complex_product(x, c)).flatten(-2).type_as(x), (Q, torch.complex(COS, SIN)[..., :4].to(torch.complex128))),
     ("rope", r"needs a gradient", lambda x, c: torch.view_as_real(complex_product(x, c)).flatten(-2).type_as(x), (Q, torch.complex(COS, SIN)[..., :4].requires_grad_())),
