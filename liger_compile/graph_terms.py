@@ -130,10 +130,8 @@ class GraphTerms:
             self.position[node] = position
             for written in _written_by(node):
                 self.mutations.setdefault(_storage(written), []).append(node)
-        region = region or Region()
+        self.region = regions(graph, region or Region())
         for node in self.nodes:
-            region = _region_after(node, region)
-            self.region[node] = region
             self._visit(node)
         inputs = {node.name: node for node in self.nodes if node.op == "placeholder"}
         for node in inputs.values():
@@ -190,7 +188,12 @@ class GraphTerms:
         self.carriers.setdefault(term, []).append(node)
 
     def _leaf(self, node: fx.Node, value: torch.Tensor) -> Term:
-        return self.terms.make("leaf", (node.name,), value.dtype, value.shape)
+        """A value that nothing is known of; of an operand that a call has changed, what it was and what changed it."""
+        args: tuple[Any, ...] = (node.name,)
+        x = node.args[0] if node.args else None
+        if isinstance(x, fx.Node) and x in self.of and any(value_of(x) is written for written in _written_by(node)):
+            args = f"{x.name} after {node.name}", self.of[x], call_name(node.target)
+        return self.terms.make("leaf", args, value.dtype, value.shape)
 
     def _write(self, node: fx.Node) -> Term | None:
         """The value of a tensor that a call writes to in place, behind the call, if it can be told.
@@ -409,6 +412,14 @@ def _written_arguments(node: fx.Node) -> Iterator[Any]:
 
 _INPLACE_FLAG = {"silu": 1, "relu": 1, "mish": 1, "dropout": 3, "leaky_relu": 2, "elu": 2, "hardtanh": 3}
 """Where functions take `inplace` by position."""
+
+
+def regions(graph: fx.Graph, region: Region) -> dict[fx.Node, Region]:
+    """The modes that each node runs under, of a graph that is entered with the given ones on."""
+    found = {}
+    for node in graph.nodes:
+        region = found[node] = _region_after(node, region)
+    return found
 
 
 def _region_after(node: fx.Node, region: Region) -> Region:

@@ -144,9 +144,9 @@ def _operand_names(term: Term) -> set[str]:
 
 
 def _related(p: Term, t: Term) -> bool:
-    """Of one family, with a telling operand in common, or the same before an in-place change."""
+    """Of one family, with a telling operand in common, or the same before an in-place change, or as that change."""
     if t.op == "leaf" and len(t.args) > 1:
-        return _name(p) == _name(t.args[1])
+        return _name(p) in (_name(t.args[1]), *t.args[2:])
     same_family = any(_name(p) in family and _name(t) in family for family in _FAMILIES)
     return same_family or bool(_operand_names(p) & _operand_names(t))
 

@@ -358,6 +358,28 @@ def glu_times_one(g, u):
     return (F.silu(g * 1) * 1.0 * u) / 1.0
 
 
+def glu_activated_in_place(g, u):
+    return F.silu(g.sin(), inplace=True) * u
+
+
+def glu_module_in_place(g, u):
+    g = g.sin()
+    nn.SiLU(inplace=True)(g)
+    return u * g
+
+
+def glu_multiplied_in_place(g, u):
+    out = u.sin()
+    out *= F.silu(g)
+    return out
+
+
+def glu_activation_multiplied_in_place(g, u):
+    out = F.silu(g)
+    out.mul_(u)
+    return out
+
+
 GLUS = [f for name, f in list(globals().items()) if name.startswith("glu_")]
 
 
@@ -1073,6 +1095,22 @@ def loss_divided(h, w, b, y):
     return F.cross_entropy(F.linear(h, w).float() / 8.0, y)
 
 
+def loss_divided_in_place(h, w, b, y):
+    logits = F.linear(h[None], w, b).squeeze(0)
+    logits.div_(0.7)
+    return F.cross_entropy(logits.float(), y)
+
+
+def loss_scaled_in_place(h, w, b, y):
+    logits = F.linear(h, w)
+    logits *= 0.25
+    return F.cross_entropy(logits, y)
+
+
+def loss_softcapped_in_place(h, w, b, y):
+    return F.cross_entropy(F.linear(h, w).float().div_(30.0).tanh_().mul_(30.0), y)
+
+
 def loss_softcapped(h, w, b, y):
     return F.cross_entropy((torch.tanh(F.linear(h, w) / 30.0) * 30.0).float(), y)
 
@@ -1272,7 +1310,7 @@ NEAR_MISSES = [
     ("rms_norm", r"sub.*add|LayerNorm", lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, True) - 1e-6)), (X, W)),
     ("rms_norm", r"in one place", lambda x, w: w * (x.tanh() * torch.rsqrt(x.pow(2).mean(-1, True) + 1e-6)), (X, W)),
     ("rms_norm", r"LayerNorm", lambda x, w: F.rms_norm(x - x.mean(-1, keepdim=True), (16,), w), (X, W)),
-    ("rms_norm", r"after add_", norm_mutated, (X, W)),
+    ("rms_norm", r"x is add.*in one place", norm_mutated, (X, W)),
     ("rms_norm", r"variance is returned", norm_statistics_used, (X, W)),
     ("rms_norm", r"region|in one place", norm_without_gradient_inside, (X.clone().requires_grad_(), W)),
     ("rms_norm", r"float64", lambda x, w: normed(x, w), (X.double(), W.double())),
@@ -1288,7 +1326,7 @@ NEAR_MISSES = [
     ("swiglu", r"broadcast", lambda g, u: F.silu(g) * u, (G[..., :1], U)),
     ("swiglu", r"u is 2\.0|up is 2\.0", lambda g, u: F.silu(g) * 2.0 + u, (G, U)),
     ("swiglu", r"silu is also used|silu.*returned|also used by", silu_used_twice, (G, U)),
-    ("swiglu", r"mul_|changed in place|after", silu_mutated, (G, U)),
+    ("swiglu", r"up is 2", silu_mutated, (G, U)),
     ("swiglu", r"float64", lambda g, u: F.silu(g) * u, (G.double(), U.double())),
     ("swiglu", r"converted beforehand", lambda g, u: F.silu(g) * u.float(), (G.bfloat16(), U.bfloat16())),
     ("swiglu", r"sigmoid.*silu", lambda g, u: g * torch.sigmoid(1.702 * g) * u, (G, U)),
