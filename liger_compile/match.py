@@ -130,7 +130,22 @@ _FAMILIES = (
     {"cat", "stack", "interleave"},
     {"cross_entropy", "cross_entropy_of_probabilities", "nll_loss", "kl_div", "mse_loss", "pick"},
 )
-_COMMON = {"add", "sub", "mul", "div", "neg", "cast", "slice", "select", "cat", "reshape", "permute", "expand"}
+_COMMON = {
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "neg",
+    "square",
+    "cast",
+    "slice",
+    "select",
+    "cat",
+    "reshape",
+    "permute",
+    "expand",
+}
+_ARITHMETIC = _COMMON - {"cat"}
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -147,8 +162,11 @@ def _related(p: Term, t: Term) -> bool:
     """Of one family, with a telling operand in common, or the same before an in-place change, or as that change."""
     if t.op == "leaf" and len(t.args) > 1:
         return _name(p) in (_name(t.args[1]), *t.args[2:])
-    same_family = any(_name(p) in family and _name(t) in family for family in _FAMILIES)
-    return same_family or bool(_operand_names(p) & _operand_names(t))
+    if any(_name(p) in family and _name(t) in family for family in _FAMILIES):
+        return True
+    count_p, count_t = (sum(isinstance(a, Term) for a in x.args) for x in (p, t))
+    # linear(silu(x), w) is an MLP without a gate, and no product that was meant to be silu(x) * w
+    return count_p == count_t and t.op != "linear" and bool(_operand_names(p) & _operand_names(t))
 
 
 class Matcher:
@@ -216,7 +234,10 @@ class Matcher:
             odd = {d.expected for d in differences if isinstance(d.expected, Term)}
             matched = {p for p in state.pairs if p not in odd}
             score = (len(matched) - 0.5 * (len(differences) - 1)) / spelling.operations
-            telling = bool({_name(p) for p in matched} - _COMMON) or differences[0].related
+            known = {_name(p) for p in matched}
+            telling = bool(known - _COMMON) or differences[0].related
+            if not telling and known <= _ARITHMETIC and not operations(spelling) <= _ARITHMETIC:
+                continue  # sums and products are anywhere: of what makes it this pattern, nothing is there
             if score < (0.4 if telling and len(differences) == 1 else 0.6) or (
                 best is not None and score <= best.score
             ):
