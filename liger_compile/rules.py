@@ -7,8 +7,11 @@ Rules only look at values; no graph is changed by them.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,13 +186,97 @@ def mul(c: Call, x: Any, other: Any) -> Term:
             return neg(c, x)  # x * -1 -> -x
         if same(y, 1) and _keeps_dtype(c, x):
             return x  # x * 1.0 -> x
-        return elementwise(c, "mul", x, y)
+        return _product(c, x, y)
     if x is y:
         return elementwise(c, "square", x)  # x * x -> square(x)
     for a, b in ((x, y), (y, x)):
         if b.op == "sigmoid" and b.args[0] is a:
             return elementwise(c, "silu", a)  # x * sigmoid(x) -> silu(x)
-    return elementwise(c, "mul", x, y)
+    return _product(c, x, y)
+
+
+def _product(c: Call, x: Term, y: Any) -> Term:
+    product = elementwise(c, "mul", x, y)
+    found = _written_out_gelu(product)
+    return product if found is None else elementwise(c, "gelu", *found)
+
+
+_GELU = {
+    "tanh": ("tanh", {(1,): math.sqrt(2 / math.pi), (3,): math.sqrt(2 / math.pi) * 0.044715}),
+    "erf": ("none", {(1,): math.sqrt(0.5)}),
+}
+"""By the function in a GELU: which approximation it is, and the function's argument as a polynomial."""
+
+
+def _written_out_gelu(product: Term) -> tuple[Term, str] | None:
+    """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))) -> x, "tanh", and the like with erf(x / sqrt(2))."""
+    factors = list(_factors(product))
+    for gate in factors:
+        if gate.op == "add" and same(gate.args[1], 1) and gate.args[0].op in _GELU:
+            function = gate.args[0]
+            approximate, argument = _GELU[function.op]
+            for x in factors:
+                if _is_polynomial(product, {(1, 1): 0.5}, x, gate) and _is_polynomial(function.args[0], argument, x):
+                    return x, approximate
+    return None
+
+
+def _factors(product: Term) -> Iterator[Term]:
+    """What a product is made of, products among that."""
+    for factor in product.args:
+        if isinstance(factor, Term):
+            yield factor
+            if factor.op == "mul":
+                yield from _factors(factor)
+
+
+Polynomial = dict[tuple[int, ...], float]
+"""Coefficients by the powers of each symbol."""
+
+
+def _is_polynomial(value: Any, expected: Polynomial, *symbols: Term) -> bool:
+    """Whether a value is a polynomial in some terms, its coefficients equal but for what float32 rounds off."""
+    found, eps = _polynomial(value, symbols), torch.finfo(torch.float32).eps
+    if found is None or found.keys() != expected.keys():
+        return False
+    return all(math.isclose(found[powers], expected[powers], rel_tol=eps) for powers in expected)
+
+
+def _polynomial(value: Any, symbols: tuple[Term, ...]) -> Polynomial | None:
+    if isinstance(value, (int, float)):
+        return {(0,) * len(symbols): value}
+    if not isinstance(value, Term):
+        return None
+    value = _unwidened(value)
+    if any(value is _unwidened(s) for s in symbols):
+        return {tuple(int(value is _unwidened(s)) for s in symbols): 1}
+    if value.op == "reciprocal" and isinstance(value.args[0], (int, float)) and value.args[0] != 0:
+        return {(0,) * len(symbols): 1 / value.args[0]}
+    if value.op not in ("add", "mul", "square", "pow") or (value.op == "pow" and not same(value.args[1], 3)):
+        return None
+    operands = {"square": value.args * 2, "pow": value.args[:1] * 3}.get(value.op, value.args)
+    parts = [_polynomial(operand, symbols) for operand in operands]
+    if None in parts:
+        return None
+    return functools.reduce(_sum_of if value.op == "add" else _product_of, parts)
+
+
+def _sum_of(a: Polynomial, b: Polynomial) -> Polynomial:
+    return {powers: a.get(powers, 0) + b.get(powers, 0) for powers in a.keys() | b.keys()}
+
+
+def _product_of(a: Polynomial, b: Polynomial) -> Polynomial:
+    product: Polynomial = {}
+    for (m, p), (n, q) in itertools.product(a.items(), b.items()):
+        powers = tuple(map(operator.add, m, n))
+        product[powers] = product.get(powers, 0) + p * q
+    return product
+
+
+def _unwidened(x: Term) -> Term:
+    while widens(x):
+        x = x.args[0]
+    return x
 
 
 def _keeps_dtype(c: Call, x: Term) -> bool:
@@ -209,7 +296,7 @@ def div(c: Call, x: Any, other: Any, *, rounding_mode: str | None = None) -> Ter
         return c("mean", *x.args)  # sum(x) / n -> mean(x)
     if same(y, 1) and _keeps_dtype(c, x):
         return x  # x / 1 -> x
-    return elementwise(c, "mul", x, c.terms.make("reciprocal", (y,)))
+    return _product(c, x, c.terms.make("reciprocal", (y,)))
 
 
 @rule("reciprocal")
@@ -292,7 +379,7 @@ def _unary(op: str) -> Callable[..., Term]:
     return apply
 
 
-for _name in ("sqrt", "rsqrt", "exp", "tanh", "sigmoid", "silu", "relu", "softplus", "mish", "abs"):
+for _name in ("sqrt", "rsqrt", "exp", "tanh", "erf", "sigmoid", "silu", "relu", "softplus", "mish", "abs"):
     RULES[_name] = _unary(_name)
 RULES["swish"] = RULES["silu"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 
@@ -500,6 +501,101 @@ def test_geglu():
         assert report_of(
             lambda h, a=approximate: (lambda x, y: x * F.gelu(y, approximate=a))(*h.chunk(2, -1)), g
         ).counts == {"packed_geglu": 1}
+
+
+def gelu_of_gpt2(g, u):
+    return 0.5 * g * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (g + 0.044715 * torch.pow(g, 3.0)))) * u
+
+
+def gelu_of_bloom(g, u):
+    return u * (g * 0.5 * (1.0 + torch.tanh(0.79788456 * g * (1 + 0.044715 * g * g))))
+
+
+def gelu_of_a_cube(g, u):
+    return u * (g / 2 * (torch.tanh(0.7978845608028654 * g + 0.035677408136300125 * g * g * g) + 1))
+
+
+def gelu_of_bert(g, u):
+    return g * 0.5 * (1.0 + torch.erf(g / math.sqrt(2.0))) * u
+
+
+def gelu_by_its_distribution(g, u):
+    return g * (0.5 * (1.0 + torch.erf(g * 0.7071067811865476))) * u
+
+
+def gelu_halved_at_last(g, u):
+    return 0.5 * (g * (1 + (g / 1.4142135623730951).erf())) * u
+
+
+def gelu_in_place(g, u):
+    cdf = torch.erf(g / math.sqrt(2.0))
+    cdf += 1
+    cdf *= 0.5
+    return u * (cdf * g)
+
+
+GELUS = [f for name, f in list(globals().items()) if name.startswith("gelu_")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("function", GELUS, ids=lambda f: f.__name__)
+def test_written_out_gelu(function, dtype):
+    g, u = torch.randn(4, 6, dtype=dtype), torch.randn(4, 6, dtype=dtype)
+    report = report_of(function, g, u)
+    assert report.counts == {"geglu": 1} and not report.misses, report
+    after = report.graphs[0].after
+    assert [n.op for n in after.graph.nodes].count("call_function") == 1, after.code
+    torch.testing.assert_close(after(*ordered(report, g=g, u=u))[0], function(g, u), rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(after(*ordered(report, g=g.float(), u=u.float()))[0], function(g.float(), u.float()))
+
+
+@pytest.mark.parametrize("function", [gelu_of_gpt2, gelu_of_bert])
+def test_written_out_gelu_of_halves_in_float32(function):
+    h = torch.randn(4, 12)
+    assert report_of(lambda h: function(*h.chunk(2, -1)), h).counts == {"packed_geglu": 1}
+    report = report_of(lambda g, u: function(g.float(), u), h.bfloat16(), h)
+    assert report.counts == {"geglu": 1}, report
+    torch.testing.assert_close(
+        report.graphs[0].after(*ordered(report, g=h.bfloat16(), u=h))[0], function(h.bfloat16().float(), h)
+    )
+
+
+TANH_ROOT, ERF_ROOT = math.sqrt(2 / math.pi), math.sqrt(0.5)
+
+
+def tanh_unit(g, u, half=0.5, one=1.0, root=TANH_ROOT, cube=0.044715, power=3, other=None):
+    return half * g * (one + torch.tanh(root * (g + cube * (g if other is None else other) ** power))) * u
+
+
+def erf_unit(g, u, half=0.5, one=1.0, root=ERF_ROOT, other=None):
+    return half * g * (one + torch.erf(root * (g if other is None else other))) * u
+
+
+NOT_GELU = {
+    "not halved": lambda g, u: tanh_unit(g, u, half=1.0),
+    "another sum": lambda g, u: tanh_unit(g, u, one=2.0),
+    "another root": lambda g, u: tanh_unit(g, u, root=0.798),
+    "another cube": lambda g, u: tanh_unit(g, u, cube=0.0447),
+    "squared": lambda g, u: tanh_unit(g, u, power=2),
+    "of two": lambda g, u: tanh_unit(g, u, other=u),
+    "erf not halved": lambda g, u: erf_unit(g, u, half=1.0),
+    "erf of x": lambda g, u: erf_unit(g, u, root=1.0),
+    "a rough root": lambda g, u: erf_unit(g, u, root=0.7071),
+    "erf of another": lambda g, u: erf_unit(g, u, other=u),
+    "twice": lambda g, u: erf_unit(g, 1 + torch.erf(math.sqrt(0.5) * g)),
+    "of a square": lambda g, u: g * erf_unit(g, u),
+    "subtracted": lambda g, u: 0.5 * g * (1.0 - torch.erf(math.sqrt(0.5) * g)) * u,
+    "with a tensor": lambda g, u: u[0, 0] * g * (1.0 + torch.erf(math.sqrt(0.5) * g)) * u,
+    "erfc": lambda g, u: 0.5 * g * torch.special.erfc(-math.sqrt(0.5) * g) * u,
+}
+
+
+@pytest.mark.parametrize("name", NOT_GELU)
+def test_what_is_no_gelu(name):
+    g, u = torch.randn(4, 6), torch.randn(4, 6)
+    report = report_of(NOT_GELU[name], g, u)
+    torch.testing.assert_close(report.graphs[0].after(*ordered(report, g=g, u=u))[0], NOT_GELU[name](g, u))
+    assert report.counts == ({"geglu": 1} if name in ("twice", "of a square") else {}), report
 
 
 def oai_gpt_oss(h):
@@ -1382,3 +1478,26 @@ def test_near_miss(pattern, reason, function, args):
     told = [m.reason for m in report.misses if m.pattern == pattern]
     assert told, f"nothing was told:\n{report}"
     assert any(re.search(reason, r) for r in told), told
+
+
+def focal_loss(h, w, y):
+    loss = F.cross_entropy(F.linear(h, w).float(), y, reduction="none")
+    return ((1 - torch.exp(-loss)) ** 2 * loss).mean()
+
+
+NOTHING_TO_TELL = {
+    # what has sums, products and squares, or an activation without a gate, but nothing else of a pattern
+    "z-loss": lambda h, w, y: 1e-4 * torch.logsumexp(h @ w.T, -1).square().mean() + h.sum(),
+    "focal loss": focal_loss,
+    "squared ReLU without a gate": lambda h, w, y: F.relu(F.linear(h, w)).square() @ w,
+    "GELU without a gate": lambda h, w, y: F.linear(F.gelu(F.linear(h, w)), w.T),
+    "SiLU without a gate, dropped": lambda h, w, y: F.dropout(F.silu(F.linear(h, w)), 0.1) @ w,
+    "sum of residuals": lambda h, w, y: w[0, 0] * h + w[0, 1] * h.sin(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("name", NOTHING_TO_TELL)
+def test_nothing_is_told_of_what_is_anywhere(name, dtype):
+    report = report_of(NOTHING_TO_TELL[name], H.to(dtype), V.to(dtype), Y)
+    assert not report.misses, report
