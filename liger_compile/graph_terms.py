@@ -9,7 +9,7 @@ import functools
 import inspect
 import operator
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,10 +131,8 @@ class GraphTerms:
             self.position[node] = position
             for written in _written_by(node):
                 self.mutations.setdefault(_storage(written), []).append(node)
-        region = region or Region()
+        self.region = regions(graph, region or Region())
         for node in self.nodes:
-            region = _region_after(node, region)
-            self.region[node] = region
             self._visit(node)
         inputs = {node.name: node for node in self.nodes if node.op == "placeholder"}
         for node in inputs.values():
@@ -191,7 +189,12 @@ class GraphTerms:
         self.carriers.setdefault(term, []).append(node)
 
     def _leaf(self, node: fx.Node, value: torch.Tensor) -> Term:
-        return self.terms.make("leaf", (node.name,), value.dtype, value.shape)
+        """A value that nothing is known of; of an operand that a call has changed, what it was and what changed it."""
+        args: tuple[Any, ...] = (node.name,)
+        x = node.args[0] if node.args else None
+        if isinstance(x, fx.Node) and x in self.of and any(value_of(x) is written for written in _written_by(node)):
+            args = f"{x.name} after {node.name}", self.of[x], call_name(node.target)
+        return self.terms.make("leaf", args, value.dtype, value.shape)
 
     def _write(self, node: fx.Node) -> Term | None:
         """The value of a tensor that a call writes to in place, behind the call, if it can be told.
@@ -279,6 +282,19 @@ class GraphTerms:
         if node.target is operator.neg:
             return self.terms.make("neg", (self._number(node.args[0]),))
         return self.terms.make("number", (node.name,))
+
+    def sources(self, terms: Iterable[Any]) -> dict[fx.Node, Term]:
+        """The nodes that exist in the graph and from which values are read."""
+        found: dict[fx.Node, Term] = {}
+        todo = [t for t in terms if isinstance(t, Term)]
+        while todo:
+            term = todo.pop()
+            nodes = self.carriers.get(term)
+            if nodes:
+                found[nodes[0]] = term
+            else:  # computed only implicitly (a cast by autocast): its own operands are what is read
+                todo.extend(a for a in term.args if isinstance(a, Term))
+        return found
 
     def is_pure(self, node: fx.Node) -> bool:
         """Whether a call can be left out if nobody reads its result: it writes nothing and draws no random numbers."""
@@ -397,6 +413,14 @@ def _written_arguments(node: fx.Node) -> Iterator[Any]:
 
 _INPLACE_FLAG = {"silu": 1, "relu": 1, "mish": 1, "dropout": 3, "leaky_relu": 2, "elu": 2, "hardtanh": 3}
 """Where functions take `inplace` by position."""
+
+
+def regions(graph: fx.Graph, region: Region) -> dict[fx.Node, Region]:
+    """The modes that each node runs under, of a graph that is entered with the given ones on."""
+    found = {}
+    for node in graph.nodes:
+        region = found[node] = _region_after(node, region)
+    return found
 
 
 def _region_after(node: fx.Node, region: Region) -> Region:

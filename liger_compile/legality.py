@@ -74,16 +74,7 @@ def operands(match: Match) -> list[tuple[str, Term]]:
 
 def sources(match: Match) -> dict[fx.Node, Term]:
     """The nodes that exist in the graph and from which the operands are read."""
-    found: dict[fx.Node, Term] = {}
-    todo = [t for _, t in _captured(match)]
-    while todo:
-        term = todo.pop()
-        nodes = match.view.carriers.get(term)
-        if nodes:
-            found[nodes[0]] = term
-        else:  # computed only implicitly (a cast by autocast): its own operands are what is read
-            todo.extend(a for a in term.args if isinstance(a, Term))
-    return found
+    return match.view.sources(t for _, t in _captured(match))
 
 
 def _site(match: Match, outputs: tuple[fx.Node, ...]) -> Site:

@@ -18,7 +18,7 @@ from torch import fx
 
 from .graph_terms import GraphTerms, value_of
 from .pattern import Pattern, Spelling, subterms
-from .rules import Call, mul
+from .rules import Call, mul, negated
 from .terms import COMMUTATIVE, Expr, Term, describe, evaluate, same
 
 if TYPE_CHECKING:
@@ -75,6 +75,10 @@ class Match:
         """The nodes that hold an operand; none if the graph computes it only implicitly."""
         return self.view.carriers.get(self.captures[name], [])
 
+    def requires_grad(self, name: str) -> bool:
+        """Whether an operand needs a gradient, or what it is read from if the graph computes it only implicitly."""
+        return any(value_of(n).requires_grad for n in self.view.sources([self.captures[name]]))
+
 
 @dataclass(frozen=True)
 class NearMiss:
@@ -126,7 +130,22 @@ _FAMILIES = (
     {"cat", "stack", "interleave"},
     {"cross_entropy", "cross_entropy_of_probabilities", "nll_loss", "kl_div", "mse_loss", "pick"},
 )
-_COMMON = {"add", "sub", "mul", "div", "neg", "cast", "slice", "select", "cat", "reshape", "permute", "expand"}
+_COMMON = {
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "neg",
+    "square",
+    "cast",
+    "slice",
+    "select",
+    "cat",
+    "reshape",
+    "permute",
+    "expand",
+}
+_ARITHMETIC = _COMMON - {"cat"}
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -140,11 +159,14 @@ def _operand_names(term: Term) -> set[str]:
 
 
 def _related(p: Term, t: Term) -> bool:
-    """Of one family, with a telling operand in common, or the same before an in-place change."""
+    """Of one family, with a telling operand in common, or the same before an in-place change, or as that change."""
     if t.op == "leaf" and len(t.args) > 1:
-        return _name(p) == _name(t.args[1])
-    same_family = any(_name(p) in family and _name(t) in family for family in _FAMILIES)
-    return same_family or bool(_operand_names(p) & _operand_names(t))
+        return _name(p) in (_name(t.args[1]), *t.args[2:])
+    if any(_name(p) in family and _name(t) in family for family in _FAMILIES):
+        return True
+    count_p, count_t = (sum(isinstance(a, Term) for a in x.args) for x in (p, t))
+    # linear(silu(x), w) is an MLP without a gate, and no product that was meant to be silu(x) * w
+    return count_p == count_t and t.op != "linear" and bool(_operand_names(p) & _operand_names(t))
 
 
 class Matcher:
@@ -212,7 +234,10 @@ class Matcher:
             odd = {d.expected for d in differences if isinstance(d.expected, Term)}
             matched = {p for p in state.pairs if p not in odd}
             score = (len(matched) - 0.5 * (len(differences) - 1)) / spelling.operations
-            telling = bool({_name(p) for p in matched} - _COMMON) or differences[0].related
+            known = {_name(p) for p in matched}
+            telling = bool(known - _COMMON) or differences[0].related
+            if not telling and known <= _ARITHMETIC and not operations(spelling) <= _ARITHMETIC:
+                continue  # sums and products are anywhere: of what makes it this pattern, nothing is there
             if score < (0.4 if telling and len(differences) == 1 else 0.6) or (
                 best is not None and score <= best.score
             ):
@@ -307,6 +332,8 @@ class Matcher:
                 yield from self._operands(p, t, state)
                 yield from self._slice_of_slice(p, t, state)
             elif p.op != t.op:
+                if p.op == "sub" and t.op == "add":
+                    yield from self._difference(p, t, state)
                 yield from self._other_operation(p, t, state, inside)
             else:
                 yield from self._operands(p, t, state)
@@ -430,6 +457,17 @@ class Matcher:
                 for a, b in (p.args, reversed(p.args)):
                     if isinstance(b, Term) and b.op in ("mul", "square", "silu") and regrouped.op == b.op:
                         yield from self._all([(a, x), (b, regrouped)], state, t, t.dtype)
+
+    def _difference(self, p: Term, t: Term, state: _State) -> Iterator[_State]:
+        """x + y * -z is also x - y * z, to the bit."""
+        for x, product in (t.args, reversed(t.args)):
+            if not (isinstance(product, Term) and product.op == "mul"):
+                continue
+            call = Call(self.view.terms, product.dtype, product.shape)
+            for y, z in (product.args, reversed(product.args)):
+                if (opposite := negated(call, z)) is not None:
+                    pairs = zip(p.args, (x, mul(call, y, opposite)), strict=True)
+                    yield from self._all(list(pairs), state.pair(p, t), t, t.dtype)
 
     def _all(
         self, pairs: list[tuple[Any, Any]], state: _State, inside: Term, context: torch.dtype | None

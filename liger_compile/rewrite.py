@@ -10,7 +10,8 @@ from torch import fx
 
 from . import _torch, fuel, verify
 from .emit import emit
-from .graph_terms import GraphTerms
+from .graph_terms import GraphTerms, Region
+from .inplace import outplaced
 from .lazy import defer
 from .legality import Illegal, Site, check, sites
 from .match import Matcher, NearMiss
@@ -62,7 +63,9 @@ def _rewrite_module(
     """
     after = _torch.copy_module(gm)
     settle(after.graph)
-    view = GraphTerms.view(after.graph, caller.region[calls[0]] if caller is not None else None)
+    region = caller.region[calls[0]] if caller is not None else Region()
+    outplaced(after.graph, region)
+    view = GraphTerms.view(after.graph, region)
     if caller is not None and len(calls) == 1:
         view.inputs_from(caller, calls[0].args)
         view.lender = caller if calls[0].target.__name__ in LENDING else None

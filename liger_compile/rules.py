@@ -7,8 +7,11 @@ Rules only look at values; no graph is changed by them.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,13 +184,104 @@ def mul(c: Call, x: Any, other: Any) -> Term:
     if not isinstance(y, Term):
         if same(y, -1):
             return neg(c, x)  # x * -1 -> -x
-        return elementwise(c, "mul", x, y)
+        if same(y, 1) and _keeps_dtype(c, x):
+            return x  # x * 1.0 -> x
+        return _product(c, x, y)
     if x is y:
         return elementwise(c, "square", x)  # x * x -> square(x)
     for a, b in ((x, y), (y, x)):
         if b.op == "sigmoid" and b.args[0] is a:
             return elementwise(c, "silu", a)  # x * sigmoid(x) -> silu(x)
-    return elementwise(c, "mul", x, y)
+    return _product(c, x, y)
+
+
+def _product(c: Call, x: Term, y: Any) -> Term:
+    product = elementwise(c, "mul", x, y)
+    found = _written_out_gelu(product)
+    return product if found is None else elementwise(c, "gelu", *found)
+
+
+_GELU = {
+    "tanh": ("tanh", {(1,): math.sqrt(2 / math.pi), (3,): math.sqrt(2 / math.pi) * 0.044715}),
+    "erf": ("none", {(1,): math.sqrt(0.5)}),
+}
+"""By the function in a GELU: which approximation it is, and the function's argument as a polynomial."""
+
+
+def _written_out_gelu(product: Term) -> tuple[Term, str] | None:
+    """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))) -> x, "tanh", and the like with erf(x / sqrt(2))."""
+    factors = list(_factors(product))
+    for gate in factors:
+        if gate.op == "add" and same(gate.args[1], 1) and gate.args[0].op in _GELU:
+            function = gate.args[0]
+            approximate, argument = _GELU[function.op]
+            for x in factors:
+                if _is_polynomial(product, {(1, 1): 0.5}, x, gate) and _is_polynomial(function.args[0], argument, x):
+                    return x, approximate
+    return None
+
+
+def _factors(product: Term) -> Iterator[Term]:
+    """What a product is made of, products among that."""
+    for factor in product.args:
+        if isinstance(factor, Term):
+            yield factor
+            if factor.op == "mul":
+                yield from _factors(factor)
+
+
+Polynomial = dict[tuple[int, ...], float]
+"""Coefficients by the powers of each symbol."""
+
+
+def _is_polynomial(value: Any, expected: Polynomial, *symbols: Term) -> bool:
+    """Whether a value is a polynomial in some terms, its coefficients equal but for what float32 rounds off."""
+    found, eps = _polynomial(value, symbols), torch.finfo(torch.float32).eps
+    if found is None or found.keys() != expected.keys():
+        return False
+    return all(math.isclose(found[powers], expected[powers], rel_tol=eps) for powers in expected)
+
+
+def _polynomial(value: Any, symbols: tuple[Term, ...]) -> Polynomial | None:
+    if isinstance(value, (int, float)):
+        return {(0,) * len(symbols): value}
+    if not isinstance(value, Term):
+        return None
+    value = _unwidened(value)
+    if any(value is _unwidened(s) for s in symbols):
+        return {tuple(int(value is _unwidened(s)) for s in symbols): 1}
+    if value.op == "reciprocal" and isinstance(value.args[0], (int, float)) and value.args[0] != 0:
+        return {(0,) * len(symbols): 1 / value.args[0]}
+    if value.op not in ("add", "mul", "square", "pow") or (value.op == "pow" and not same(value.args[1], 3)):
+        return None
+    operands = {"square": value.args * 2, "pow": value.args[:1] * 3}.get(value.op, value.args)
+    parts = [_polynomial(operand, symbols) for operand in operands]
+    if None in parts:
+        return None
+    return functools.reduce(_sum_of if value.op == "add" else _product_of, parts)
+
+
+def _sum_of(a: Polynomial, b: Polynomial) -> Polynomial:
+    return {powers: a.get(powers, 0) + b.get(powers, 0) for powers in a.keys() | b.keys()}
+
+
+def _product_of(a: Polynomial, b: Polynomial) -> Polynomial:
+    product: Polynomial = {}
+    for (m, p), (n, q) in itertools.product(a.items(), b.items()):
+        powers = tuple(map(operator.add, m, n))
+        product[powers] = product.get(powers, 0) + p * q
+    return product
+
+
+def _unwidened(x: Term) -> Term:
+    while widens(x):
+        x = x.args[0]
+    return x
+
+
+def _keeps_dtype(c: Call, x: Term) -> bool:
+    """Whether the call's result has the dtype of x: not 1.0 times integers."""
+    return c.dtype is None or c.dtype is x.dtype
 
 
 @rule("div", "divide", "true_divide", "truediv")
@@ -200,7 +294,9 @@ def div(c: Call, x: Any, other: Any, *, rounding_mode: str | None = None) -> Ter
         return inverse if same(x, 1) else mul(c, x, inverse)  # x / y -> x * reciprocal(y)
     if x.op == "sum" and isinstance(x.args[1], int) and same(y, size(x.args[0], x.args[1])):
         return c("mean", *x.args)  # sum(x) / n -> mean(x)
-    return elementwise(c, "mul", x, c.terms.make("reciprocal", (y,)))
+    if same(y, 1) and _keeps_dtype(c, x):
+        return x  # x / 1 -> x
+    return _product(c, x, c.terms.make("reciprocal", (y,)))
 
 
 @rule("reciprocal")
@@ -208,11 +304,8 @@ def reciprocal(c: Call, x: Term) -> Term:
     if x.op == "sqrt":
         return elementwise(c, "rsqrt", x.args[0])  # 1 / sqrt(x) -> rsqrt(x)
     if x.op == "add" and same(x.args[1], 1) and x.args[0].op == "exp":
-        power = x.args[0].args[0]
-        if power.op == "neg":
-            return elementwise(c, "sigmoid", power.args[0])  # 1 / (1 + exp(-x)) -> sigmoid(x)
-        if widens(power) and power.args[0].op == "neg":  # 1 / (1 + exp(cast(-x))) -> sigmoid(cast(x))
-            return elementwise(c, "sigmoid", cast(c, power.args[0].args[0], power.args[1]))
+        if (opposite := negated(c, x.args[0].args[0])) is not None:
+            return elementwise(c, "sigmoid", opposite)  # 1 / (1 + exp(-x)) -> sigmoid(x)
     return elementwise(c, "reciprocal", x)
 
 
@@ -254,6 +347,15 @@ def neg(c: Call, x: Term) -> Term:
     return _through_cast(c, x, lambda y: c.step("neg", y, like=y))
 
 
+def negated(c: Call, x: Any) -> Term | None:
+    """y, if x is -y, perhaps cast to a wider dtype."""
+    if not isinstance(x, Term):
+        return None
+    if widens(x) and x.args[0].op == "neg":
+        return cast(c, x.args[0].args[0], x.args[1])
+    return x.args[0] if x.op == "neg" else None
+
+
 @rule("pow")
 def pow_(c: Call, x: Any, exponent: Any) -> Term:
     if isinstance(x, Term) and isinstance(exponent, (int, float)):
@@ -277,7 +379,7 @@ def _unary(op: str) -> Callable[..., Term]:
     return apply
 
 
-for _name in ("sqrt", "rsqrt", "exp", "tanh", "sigmoid", "silu", "relu", "softplus", "mish", "abs"):
+for _name in ("sqrt", "rsqrt", "exp", "tanh", "erf", "sigmoid", "silu", "relu", "softplus", "mish", "abs"):
     RULES[_name] = _unary(_name)
 RULES["swish"] = RULES["silu"]
 RULES["absolute"] = RULES["abs"]

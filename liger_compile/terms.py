@@ -60,7 +60,7 @@ class Expr:
 
 _SAME_SHAPE = frozenset(
     (
-        *("cast", "neg", "reciprocal", "square", "sqrt", "rsqrt", "exp", "tanh"),
+        *("cast", "neg", "reciprocal", "square", "sqrt", "rsqrt", "exp", "tanh", "erf"),
         *("sigmoid", "silu", "relu", "gelu", "abs", "clamp"),
     )
 )

@@ -16,6 +16,8 @@ def check(match: Match) -> str | None:
     gate, up = match.captures["gate"], match.captures["up"]
     if gate.shape != up.shape:
         return f"the gate {tuple(gate.shape)} and the other operand {tuple(up.shape)} broadcast"
+    if not (gate.is_float and up.is_float):
+        return f"the gate is {gate.dtype} and the other operand {up.dtype}; the kernel takes floating point"
     if gate.dtype is not up.dtype and "cast" in (gate.op, up.op):
         return f"the gate is {gate.dtype} and the other operand {up.dtype}, of which one would be converted beforehand"
     return None

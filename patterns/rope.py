@@ -4,12 +4,11 @@ Which components are a pair (`layout`): those a half apart, or neighbours.
 """
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from liger_compile import ops
-from liger_compile.graph_terms import value_of
+from liger_compile import _torch, ops
 from liger_compile.match import Match
 from liger_compile.registry import pattern
 
@@ -40,9 +39,10 @@ def rotate_back(x, cos, sin):
     return x * cos + torch.cat((x2, -x1), dim=-1) * sin
 
 
-def rotate_pairs(x, cos, sin, layout, upcast, promote):
+def rotate_pairs(x, cos, sin, layout, upcast, promote, inverse):
     x1, x2 = split(x.float() if upcast else x, layout)
-    y = join(x1 * cos - x2 * sin, x2 * cos + x1 * sin, layout)
+    turned = (x1 * cos + x2 * sin, x2 * cos - x1 * sin) if inverse else (x1 * cos - x2 * sin, x2 * cos + x1 * sin)
+    y = join(*turned, layout)
     return y if promote else y.to(x.dtype)
 
 
@@ -53,13 +53,25 @@ def rotate_complex(x, freqs, promote):
 
 
 def check(match: Match) -> str | None:
-    for name in {"cos", "sin", "freqs"} & match.captures.keys():
-        if any(value_of(n).requires_grad for n in match.nodes(name)):
+    rotated, angles = {"x", "q", "k"} & match.captures.keys(), {"cos", "sin", "freqs"} & match.captures.keys()
+    for name in sorted(angles):
+        if match.requires_grad(name):
             return f"{name} needs a gradient, which the kernel does not compute"
-    for name in ("x", "q", "k"):
-        if name in match.captures and not 2 <= len(match.shape(name)) <= 4:
-            return f"{name} has {len(match.shape(name))} dimensions; the kernel takes 2 to 4"
+    for name in sorted(rotated):
+        shape = match.shape(name)
+        if not 2 <= len(shape) <= 4:
+            return f"{name} has {len(shape)} dimensions; the kernel takes 2 to 4"
+        for angle in sorted(angles):
+            if not broadcasts(match.shape(angle)[:-1], shape[:-1]):
+                return f"{angle} {tuple(match.shape(angle))} does not broadcast to {name} {tuple(shape)}"
     return None
+
+
+def broadcasts(shape: tuple[Any, ...], to: tuple[Any, ...]) -> bool:
+    last = to[len(to) - len(shape) :]
+    return len(shape) <= len(to) and all(
+        _torch.same_sizes((n,), (1,)) or _torch.same_sizes((n,), (m,)) for n, m in zip(shape, last, strict=True)
+    )
 
 
 def check_pairs(match: Match) -> str | None:
@@ -125,13 +137,14 @@ def inverse_rope(x, cos, sin):
 @pattern(
     replace=partial(ops.rope_pair, contiguous=True, per_pair=True), check=check_pairs, name="rope", examples=examples
 )
-def rope_pair_by_pairs(q, k, cos, sin, *, layout: FromLayout, upcast: Choice, promote: Choice):
-    return rotate_pairs(q, cos, sin, layout, upcast, promote), rotate_pairs(k, cos, sin, layout, upcast, promote)
+def rope_pair_by_pairs(q, k, cos, sin, *, layout: FromLayout, upcast: Choice, promote: Choice, inverse: Choice):
+    how = layout, upcast, promote, inverse
+    return rotate_pairs(q, cos, sin, *how), rotate_pairs(k, cos, sin, *how)
 
 
 @pattern(replace=partial(ops.rope, contiguous=True, per_pair=True), check=check_pairs, name="rope", examples=examples)
-def rope_by_pairs(x, cos, sin, *, layout: FromLayout, upcast: Choice, promote: Choice):
-    return rotate_pairs(x, cos, sin, layout, upcast, promote)
+def rope_by_pairs(x, cos, sin, *, layout: FromLayout, upcast: Choice, promote: Choice, inverse: Choice):
+    return rotate_pairs(x, cos, sin, layout, upcast, promote, inverse)
 
 
 @pattern(replace=ops.complex_rope_pair, check=check_pairs, name="rope", examples=complex_examples)

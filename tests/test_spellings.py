@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import re
 
 import pytest
@@ -353,6 +355,32 @@ def glu_contiguous(g, u):
     return F.silu(g).contiguous() * u
 
 
+def glu_times_one(g, u):
+    return (F.silu(g * 1) * 1.0 * u) / 1.0
+
+
+def glu_activated_in_place(g, u):
+    return F.silu(g.sin(), inplace=True) * u
+
+
+def glu_module_in_place(g, u):
+    g = g.sin()
+    nn.SiLU(inplace=True)(g)
+    return u * g
+
+
+def glu_multiplied_in_place(g, u):
+    out = u.sin()
+    out *= F.silu(g)
+    return out
+
+
+def glu_activation_multiplied_in_place(g, u):
+    out = F.silu(g)
+    out.mul_(u)
+    return out
+
+
 GLUS = [f for name, f in list(globals().items()) if name.startswith("glu_")]
 
 
@@ -374,6 +402,14 @@ def test_swiglu_of_two_dtypes(narrow):
     report = report_of(glu_llama, g, u)
     assert report.counts == {"swiglu": 1}, report
     torch.testing.assert_close(report.graphs[0].after(*ordered(report, g=g, u=u))[0], glu_llama(g, u))
+
+
+def test_integers_times_one_are_no_integers():
+    """Nor is the number a scale of the gate, which is no gate as it stands."""
+    report = report_of(lambda g, u: F.silu(g * 1.0) * (u / 1), *(torch.arange(24).view(4, 6) for _ in "gu"))
+    (call,) = [n for n in report.graphs[0].after.graph.nodes if "glu" in str(n.target)]
+    assert report.counts == {"swiglu": 1}, report
+    assert (call.kwargs["gate"].target, call.kwargs["up"].target) == (operator.mul, operator.truediv)
 
 
 def packed_chunk(h):
@@ -465,6 +501,101 @@ def test_geglu():
         assert report_of(
             lambda h, a=approximate: (lambda x, y: x * F.gelu(y, approximate=a))(*h.chunk(2, -1)), g
         ).counts == {"packed_geglu": 1}
+
+
+def gelu_of_gpt2(g, u):
+    return 0.5 * g * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (g + 0.044715 * torch.pow(g, 3.0)))) * u
+
+
+def gelu_of_bloom(g, u):
+    return u * (g * 0.5 * (1.0 + torch.tanh(0.79788456 * g * (1 + 0.044715 * g * g))))
+
+
+def gelu_of_a_cube(g, u):
+    return u * (g / 2 * (torch.tanh(0.7978845608028654 * g + 0.035677408136300125 * g * g * g) + 1))
+
+
+def gelu_of_bert(g, u):
+    return g * 0.5 * (1.0 + torch.erf(g / math.sqrt(2.0))) * u
+
+
+def gelu_by_its_distribution(g, u):
+    return g * (0.5 * (1.0 + torch.erf(g * 0.7071067811865476))) * u
+
+
+def gelu_halved_at_last(g, u):
+    return 0.5 * (g * (1 + (g / 1.4142135623730951).erf())) * u
+
+
+def gelu_in_place(g, u):
+    cdf = torch.erf(g / math.sqrt(2.0))
+    cdf += 1
+    cdf *= 0.5
+    return u * (cdf * g)
+
+
+GELUS = [f for name, f in list(globals().items()) if name.startswith("gelu_")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("function", GELUS, ids=lambda f: f.__name__)
+def test_written_out_gelu(function, dtype):
+    g, u = torch.randn(4, 6, dtype=dtype), torch.randn(4, 6, dtype=dtype)
+    report = report_of(function, g, u)
+    assert report.counts == {"geglu": 1} and not report.misses, report
+    after = report.graphs[0].after
+    assert [n.op for n in after.graph.nodes].count("call_function") == 1, after.code
+    torch.testing.assert_close(after(*ordered(report, g=g, u=u))[0], function(g, u), rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(after(*ordered(report, g=g.float(), u=u.float()))[0], function(g.float(), u.float()))
+
+
+@pytest.mark.parametrize("function", [gelu_of_gpt2, gelu_of_bert])
+def test_written_out_gelu_of_halves_in_float32(function):
+    h = torch.randn(4, 12)
+    assert report_of(lambda h: function(*h.chunk(2, -1)), h).counts == {"packed_geglu": 1}
+    report = report_of(lambda g, u: function(g.float(), u), h.bfloat16(), h)
+    assert report.counts == {"geglu": 1}, report
+    torch.testing.assert_close(
+        report.graphs[0].after(*ordered(report, g=h.bfloat16(), u=h))[0], function(h.bfloat16().float(), h)
+    )
+
+
+TANH_ROOT, ERF_ROOT = math.sqrt(2 / math.pi), math.sqrt(0.5)
+
+
+def tanh_unit(g, u, half=0.5, one=1.0, root=TANH_ROOT, cube=0.044715, power=3, other=None):
+    return half * g * (one + torch.tanh(root * (g + cube * (g if other is None else other) ** power))) * u
+
+
+def erf_unit(g, u, half=0.5, one=1.0, root=ERF_ROOT, other=None):
+    return half * g * (one + torch.erf(root * (g if other is None else other))) * u
+
+
+NOT_GELU = {
+    "not halved": lambda g, u: tanh_unit(g, u, half=1.0),
+    "another sum": lambda g, u: tanh_unit(g, u, one=2.0),
+    "another root": lambda g, u: tanh_unit(g, u, root=0.798),
+    "another cube": lambda g, u: tanh_unit(g, u, cube=0.0447),
+    "squared": lambda g, u: tanh_unit(g, u, power=2),
+    "of two": lambda g, u: tanh_unit(g, u, other=u),
+    "erf not halved": lambda g, u: erf_unit(g, u, half=1.0),
+    "erf of x": lambda g, u: erf_unit(g, u, root=1.0),
+    "a rough root": lambda g, u: erf_unit(g, u, root=0.7071),
+    "erf of another": lambda g, u: erf_unit(g, u, other=u),
+    "twice": lambda g, u: erf_unit(g, 1 + torch.erf(math.sqrt(0.5) * g)),
+    "of a square": lambda g, u: g * erf_unit(g, u),
+    "subtracted": lambda g, u: 0.5 * g * (1.0 - torch.erf(math.sqrt(0.5) * g)) * u,
+    "with a tensor": lambda g, u: u[0, 0] * g * (1.0 + torch.erf(math.sqrt(0.5) * g)) * u,
+    "erfc": lambda g, u: 0.5 * g * torch.special.erfc(-math.sqrt(0.5) * g) * u,
+}
+
+
+@pytest.mark.parametrize("name", NOT_GELU)
+def test_what_is_no_gelu(name):
+    g, u = torch.randn(4, 6), torch.randn(4, 6)
+    report = report_of(NOT_GELU[name], g, u)
+    torch.testing.assert_close(report.graphs[0].after(*ordered(report, g=g, u=u))[0], NOT_GELU[name](g, u))
+    assert report.counts == ({"geglu": 1} if name in ("twice", "of a square") else {}), report
 
 
 def oai_gpt_oss(h):
@@ -841,6 +972,69 @@ def rope_neighbours_to_halves(q, k, cos, sin):
     return one(q), one(k)
 
 
+def rope_of_a_table(q, k, cos, sin):
+    """As torchtune's: cos and sin are pairs of one float32 table, by which x and the angles could change places."""
+    q, k, table = q.transpose(1, 2), k.transpose(1, 2), torch.stack((cos[0, :, :4], sin[0, :, :4]), -1).float()
+
+    def one(x):
+        pairs = x.float().reshape(*x.shape[:-1], -1, 2)
+        at = table.view(1, x.shape[1], 1, pairs.shape[-2], 2)
+        first = pairs[..., 0] * at[..., 0] - pairs[..., 1] * at[..., 1]
+        second = pairs[..., 1] * at[..., 0] + pairs[..., 0] * at[..., 1]
+        return torch.stack((first, second), -1).flatten(3).type_as(x)
+
+    return one(q), one(k)
+
+
+def rope_by_pairs_back(q, k, cos, sin):
+    """As in nanochat."""
+    cos, sin = cos[..., :4].unsqueeze(1), sin[..., :4].unsqueeze(1)
+
+    def one(x):
+        d = x.shape[3] // 2
+        first, second = x[..., :d], x[..., d:]
+        return torch.cat([first * cos + second * sin, first * (-sin) + second * cos], 3).to(x.dtype)
+
+    return one(q), one(k)
+
+
+def rope_by_pairs_back_in_float32(q, k, cos, sin):
+    """As in modded-nanogpt."""
+    cos, sin = cos[..., :4].unsqueeze(1).float(), sin[..., :4].unsqueeze(1).float()
+
+    def one(x):
+        first, second = x.to(torch.float32).chunk(2, dim=-1)
+        return torch.cat((first * cos + second * sin, first * (-sin) + second * cos), 3).type_as(x)
+
+    return one(q), one(k)
+
+
+def rope_by_pairs_back_difference(q, k, cos, sin):
+    cos, sin = cos[..., :4].unsqueeze(1), sin[..., :4].unsqueeze(1)
+
+    def one(x):
+        first, second = x[..., 0::2], x[..., 1::2]
+        return torch.stack((second * sin + first * cos, second * cos - first * sin), -1).flatten(-2)
+
+    return one(q), one(k)
+
+
+def rope_by_pairs_of_negatives(q, k, cos, sin):
+    cos, sin = cos[..., :4].unsqueeze(1), sin[..., :4].unsqueeze(1)
+
+    def one(x):
+        first, second = x.float().chunk(2, -1)
+        return torch.cat((-second * sin + first * cos, first * sin + cos * second), -1).type_as(x)
+
+    return one(q), one(k)
+
+
+def rope_with_a_scale_of_one(q, k, cos, sin):
+    """As in rotary-embedding-torch."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos * 1.0 + neighbours(q) * sin * 1.0, k * cos / 1 + neighbours(k) * sin / 1.0
+
+
 def as_complex(x):
     return torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
 
@@ -879,6 +1073,25 @@ def test_rope(function, dtype):
     for result, expected in zip(results, function(q, k, cos, sin), strict=True):
         torch.testing.assert_close(result, expected)
         assert result.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("batch, heads", [(2, 4), (2, 1), (1, 1)])
+def test_angles_that_are_shaped_as_what_they_turn(batch, heads, dtype):
+    """Of two tensors that could be x by the formula alone, it is the one that the other broadcasts to, and that may
+    have a gradient."""
+    x, table = torch.randn(batch, 5, heads, 8, dtype=dtype, requires_grad=True), torch.randn(1, 5, 1, 4, 2)
+
+    def function(x, t):
+        a = x.float().reshape(*x.shape[:-1], -1, 2)
+        first = a[..., 0] * t[..., 0] - a[..., 1] * t[..., 1]
+        return torch.stack((first, a[..., 1] * t[..., 0] + a[..., 0] * t[..., 1]), -1).flatten(3).type_as(x)
+
+    report = report_of(function, x, table)
+    assert report.counts == {"rope": 1}, report
+    (call,) = [n for n in report.graphs[0].after.graph.nodes if "rope" in str(n.target)]
+    assert call.kwargs["x"].op == "placeholder"
+    torch.testing.assert_close(report.graphs[0].after(*ordered(report, x=x, t=table))[0], function(x, table))
 
 
 def test_rope_on_one_tensor():
@@ -985,6 +1198,22 @@ def loss_scaled(h, w, b, y):
 
 def loss_divided(h, w, b, y):
     return F.cross_entropy(F.linear(h, w).float() / 8.0, y)
+
+
+def loss_divided_in_place(h, w, b, y):
+    logits = F.linear(h[None], w, b).squeeze(0)
+    logits.div_(0.7)
+    return F.cross_entropy(logits.float(), y)
+
+
+def loss_scaled_in_place(h, w, b, y):
+    logits = F.linear(h, w)
+    logits *= 0.25
+    return F.cross_entropy(logits, y)
+
+
+def loss_softcapped_in_place(h, w, b, y):
+    return F.cross_entropy(F.linear(h, w).float().div_(30.0).tanh_().mul_(30.0), y)
 
 
 def loss_softcapped(h, w, b, y):
@@ -1162,6 +1391,15 @@ def parts(x, cos, other_cos, sin, last):
     return torch.cat((x1 * cos - x2 * sin, last(x2 * other_cos, x1 * sin)), -1)
 
 
+def both(x, first, second):
+    return torch.cat((first(*x.chunk(2, -1)), second(*x.chunk(2, -1))), -1)
+
+
+def angles_implied(x, table):
+    c, s = table.float().chunk(2, -1)
+    return parts(x, c, c, s, torch.add)
+
+
 def complex_product(x, freqs):
     return as_complex(x) * freqs
 
@@ -1177,7 +1415,7 @@ NEAR_MISSES = [
     ("rms_norm", r"sub.*add|LayerNorm", lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, True) - 1e-6)), (X, W)),
     ("rms_norm", r"in one place", lambda x, w: w * (x.tanh() * torch.rsqrt(x.pow(2).mean(-1, True) + 1e-6)), (X, W)),
     ("rms_norm", r"LayerNorm", lambda x, w: F.rms_norm(x - x.mean(-1, keepdim=True), (16,), w), (X, W)),
-    ("rms_norm", r"after add_", norm_mutated, (X, W)),
+    ("rms_norm", r"x is add.*in one place", norm_mutated, (X, W)),
     ("rms_norm", r"variance is returned", norm_statistics_used, (X, W)),
     ("rms_norm", r"region|in one place", norm_without_gradient_inside, (X.clone().requires_grad_(), W)),
     ("rms_norm", r"float64", lambda x, w: normed(x, w), (X.double(), W.double())),
@@ -1193,7 +1431,7 @@ NEAR_MISSES = [
     ("swiglu", r"broadcast", lambda g, u: F.silu(g) * u, (G[..., :1], U)),
     ("swiglu", r"u is 2\.0|up is 2\.0", lambda g, u: F.silu(g) * 2.0 + u, (G, U)),
     ("swiglu", r"silu is also used|silu.*returned|also used by", silu_used_twice, (G, U)),
-    ("swiglu", r"mul_|changed in place|after", silu_mutated, (G, U)),
+    ("swiglu", r"up is 2", silu_mutated, (G, U)),
     ("swiglu", r"float64", lambda g, u: F.silu(g) * u, (G.double(), U.double())),
     ("swiglu", r"converted beforehand", lambda g, u: F.silu(g) * u.float(), (G.bfloat16(), U.bfloat16())),
     ("swiglu", r"sigmoid.*silu", lambda g, u: g * torch.sigmoid(1.702 * g) * u, (G, U)),
@@ -1215,6 +1453,12 @@ NEAR_MISSES = [
     ("rope", r"in one place", lambda x, c, s: x * c + neighbours(x.relu()) * s, (Q, COS, SIN)),
     ("rope", r"sub.*add", lambda x, c, s: parts(x, c, c, s, lambda a, b: a - b), (Q, COS[..., :4], SIN[..., :4])),
     ("rope", r"in one place", lambda x, c, s: parts(x, c, c.exp(), s, torch.add), (Q, COS[..., :4], SIN[..., :4])),
+    ("rope", r"in one place|where the pattern", lambda x, c, s: both(x, lambda a, b: a * c + b * s, lambda a, b: a * s + b * c), (Q, COS[..., :4], SIN[..., :4])),
+    ("rope", r"in one place|where the pattern", lambda x, c, s: both(x, lambda a, b: a * c + b * -s, lambda a, b: b * c + a * -s), (Q, COS[..., :4], SIN[..., :4])),
+    ("rope", r"in one place|where the pattern", lambda x, c, s: both(x, lambda a, b: a * c + b * s, lambda a, b: a * s - b * c), (Q, COS[..., :4], SIN[..., :4])),
+    ("rope", r"in one place|where the pattern", lambda x, c, s: both(x, lambda a, b: a * c + b * s, lambda a, b: -a * s + b * -c), (Q, COS[..., :4], SIN[..., :4])),
+    ("rope", r"needs a gradient", angles_implied, (Q.bfloat16(), torch.cat((COS[..., :4], SIN[..., :4]), -1).bfloat16().requires_grad_())),
+    ("rope", r"does not broadcast", lambda x, c, s: parts(x, c, c, s, torch.add), (Q[:1], COS[..., :4].expand(2, 4, 5, 4), SIN[..., :4].expand(2, 4, 5, 4))),
     ("rope", r"1 components", lambda x, c, s: parts(x, c, c, s, torch.add), (Q, COS[..., :1], SIN[..., :1])),
     ("rope", r"complex128", lambda x, c: torch.view_as_real(complex_product(x, c)).flatten(-2).type_as(x), (Q, torch.complex(COS, SIN)[..., :4].to(torch.complex128))),
     ("rope", r"needs a gradient", lambda x, c: torch.view_as_real(complex_product(x, c)).flatten(-2).type_as(x), (Q, torch.complex(COS, SIN)[..., :4].requires_grad_())),
@@ -1243,3 +1487,26 @@ def test_near_miss(pattern, reason, function, args):
     told = [m.reason for m in report.misses if m.pattern == pattern]
     assert told, f"nothing was told:\n{report}"
     assert any(re.search(reason, r) for r in told), told
+
+
+def focal_loss(h, w, y):
+    loss = F.cross_entropy(F.linear(h, w).float(), y, reduction="none")
+    return ((1 - torch.exp(-loss)) ** 2 * loss).mean()
+
+
+NOTHING_TO_TELL = {
+    # what has sums, products and squares, or an activation without a gate, but nothing else of a pattern
+    "z-loss": lambda h, w, y: 1e-4 * torch.logsumexp(h @ w.T, -1).square().mean() + h.sum(),
+    "focal loss": focal_loss,
+    "squared ReLU without a gate": lambda h, w, y: F.relu(F.linear(h, w)).square() @ w,
+    "GELU without a gate": lambda h, w, y: F.linear(F.gelu(F.linear(h, w)), w.T),
+    "SiLU without a gate, dropped": lambda h, w, y: F.dropout(F.silu(F.linear(h, w)), 0.1) @ w,
+    "sum of residuals": lambda h, w, y: w[0, 0] * h + w[0, 1] * h.sin(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("name", NOTHING_TO_TELL)
+def test_nothing_is_told_of_what_is_anywhere(name, dtype):
+    report = report_of(NOTHING_TO_TELL[name], H.to(dtype), V.to(dtype), Y)
+    assert not report.misses, report
