@@ -112,7 +112,7 @@ def run_on_fakes(node: torch.fx.Node, value_of: Any) -> Any:
 
     args = torch.fx.node.map_arg(node.args, value_of)
     kwargs = torch.fx.node.map_arg(node.kwargs, value_of)
-    known = map(value_of, (*node.all_input_nodes, node))
+    known = [*map(value_of, node.all_input_nodes), node.meta.get("example_value")]
     mode = next((v.fake_mode for v in known if isinstance(v, FakeTensor)), None)
     target = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
     with torch.no_grad():

@@ -43,6 +43,7 @@ NOT_RUN = {
     "make": "makes an environment, over the network",
     "pip install": "changes the environment",
     "python -m bench.": "needs a GPU, or an hour",
+    "python -m torch.distributed.run": "needs two",
     "tlparse": "another project's program",
 }
 """Commands in `sh` blocks that are not run, by how they begin, and why. All others are."""
