@@ -488,7 +488,7 @@ def slice_(c: Call, x: Term, dim: int, lo: Any, hi: Any, step: Any = 1) -> Term:
         return slice_(c, inner, dim, arith("add", start, lo), arith("add", start, hi), step)  # x[a:][b:c] -> x[a+b:a+c]
     if x.op == "slice" and dim < x.args[1]:  # nested slices in the order of their dimensions
         return slice_(c, slice_(c, x.args[0], dim, lo, hi, step), *x.args[1:])
-    if dim != -1 and (_is_rowwise(x) or _is_log_softmax(x)):
+    if dim != -1 and _has_rows(x):
         return _of_rows(c, x, lambda y: slice_(c, y, dim, lo, hi, step))
     shape = None
     if x.shape is not None:
@@ -513,9 +513,9 @@ def _is_columns(x: Term) -> bool:
     return x.op == "slice" and x.args[1] == -1 and x.args[4] == 1
 
 
-def _is_log_softmax(x: Term) -> bool:
-    """Of a linear layer's outputs: rows of it are those of the input too, but columns are not."""
-    return x.op == "log_softmax" and x.args[1] == -1 and _is_rowwise(x.args[0])
+def _has_rows(x: Term) -> bool:
+    """Whether rows of x are those of the linear layer's input. Of log_softmax they are too, but columns are not."""
+    return _is_rowwise(x.args[0] if x.op == "log_softmax" and x.args[1] == -1 else x)
 
 
 def _of_rows(c: Call, x: Term, move: Callable[[Term], Term]) -> Term:
@@ -676,7 +676,7 @@ def reshape_to(c: Call, x: Term, shape: Any) -> Term:
         inner, dim, _ = x.args  # mean(x, dim).unsqueeze(dim) -> mean(x, dim, keepdim=True)
         if inner.shape is not None and same(shape, (*inner.shape[:dim], 1, *inner.shape[len(inner.shape) + dim + 1 :])):
             return c.step(x.op, inner, dim, True, dtype=x.dtype, shape=shape)
-    if shape and x.shape and same(shape[-1], x.shape[-1]) and (_is_rowwise(x) or _is_log_softmax(x)):
+    if shape and x.shape and same(shape[-1], x.shape[-1]) and _has_rows(x):
         return _of_rows(c, x, lambda y: reshape_to(c, y, (*shape[:-1], y.shape[-1])))
     return c.step("reshape", x, shape, dtype=x.dtype, shape=shape)
 
@@ -708,9 +708,11 @@ def _gather(c: Call, x: Term, dim: Any, index: Term, *, sparse_grad: Any = False
             raise PatternError("takes elements by an index that is not index.unsqueeze(-1)")
         index = index.args[0]
     else:
-        one = (*x.shape[:-1], 1)
-        if len(one) < 2 or len(index.shape) != len(one) or not all(map(_torch.known_equal, index.shape, one)):
+        rows = x.shape[:-1]
+        if not rows or len(index.shape) != len(x.shape) or not same(index.shape[-1], 1):
             raise NotCanonical("takes more than one element of each row")
+        if not all(map(_torch.known_equal, index.shape, rows)):  # asked last: it guards sizes
+            raise NotCanonical("takes elements of some rows")
         x = _flat_rows(c, x)
         index = reshape_to(c, index, x.shape[:1])
     if x.op == "log_softmax":
@@ -854,7 +856,7 @@ def permute(c: Call, x: Term, order: tuple[int, ...]) -> Term:
         order = order[1:]
     if not order:
         return x
-    if order[-1] == -1 and (_is_rowwise(x) or _is_log_softmax(x)):
+    if order[-1] == -1 and _has_rows(x):
         return _of_rows(c, x, lambda y: permute(c, y, order))
     shape = None
     if x.shape is not None:
