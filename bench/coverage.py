@@ -198,7 +198,17 @@ SMALL: list[tuple[str, Any]] = [
 
 FULL, LINEAR = "full_attention", "linear_attention"
 ANGLES = {"rope_type": "default", "rope_theta": 1e4}
+BYTES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+"""Each of BLT's parts."""
 ALSO: dict[str, dict[str, Any]] = {
+    "blt": {
+        "encoder_hash_byte_group_vocab": 300,
+        "patch_in_forward": False,
+        "patcher_config": BYTES,
+        "encoder_config": {**BYTES, "hidden_size_global": 64},
+        "decoder_config": {**BYTES, "hidden_size_global": 64},
+        "global_config": BYTES,
+    },
     "bamba": {"attn_layer_indices": [1], "mamba_d_head": "auto"},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", FULL],
@@ -230,6 +240,19 @@ ALSO: dict[str, dict[str, Any]] = {
         "n_groups": 2,
     },
     "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_shape": (4, 8),
+        "axial_pos_embds_dim": (32, 32),
+        "attn_layers": ["local", "lsh"],
+        "local_attn_chunk_length": 16,
+        "lsh_attn_chunk_length": 16,
+        "num_buckets": 2,
+        "num_hashes": 1,
+        "hash_seed": 0,
+        "attention_head_size": 16,
+        "feed_forward_size": 128,
+    },
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "zamba": {
         "num_hidden_layers": 4,
