@@ -18,6 +18,8 @@ from unittest import mock
 import torch
 from torch import Tensor, fx
 
+from liger_compile.options import CHOICES
+
 from . import common, coverage
 
 ROWS, LENGTH = 4, 64
@@ -124,14 +126,14 @@ BLOCKS: dict[str, dict[str, Any]] = {
 
 
 def per_layer(family: str) -> dict[str, float]:
-    """Bytes for each token of a layer of the real size: what two layers keep more than one."""
+    """Bytes for each token of a layer of the real size, by policy: what two layers keep more than one."""
     inputs = coverage.batch_of(ROWS, LENGTH)
+    backends = {"Inductor": without_code} | {policy: ours(memory=policy) for policy in CHOICES["memory"]}
     kept = []
     for layers in (1, 2):
         model = coverage.tiny(family, **BLOCKS[family], num_hidden_layers=layers, layer_types=None).to(torch.bfloat16)
-        kept.append([activations(model, backend, inputs)[0] for backend in (without_code, ours())])
-    inductor, liger = ((two - one) / (ROWS * LENGTH) for one, two in zip(*kept, strict=True))
-    return {"Inductor": inductor, "liger_compile": liger, "ratio": liger / inductor}
+        kept.append([activations(model, backend, inputs)[0] for backend in backends.values()])
+    return {name: (two - one) / (ROWS * LENGTH) for name, one, two in zip(backends, *kept, strict=True)}
 
 
 # ---- all of them --------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def _compiled(
         return _lazily(after, lambda gm: gm.forward)
     fused = _freeing(_with_fusions(config) if ours.fuse else config, after)
     try:
-        with contextlib.nullcontext() if _ops_are_ours(after) else _torch.without_autograd_cache():
+        with contextlib.nullcontext() if _is_named(after, ours) else _torch.without_autograd_cache():
             return _lazily(after, lambda gm: _torch.compile_fx(gm, example_inputs, fused))
     except Exception as error:
         if _torch.is_restart(error):
@@ -66,12 +66,15 @@ def _nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:
     return (n for m in gm.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes)
 
 
-def _ops_are_ours(gm: fx.GraphModule) -> bool:
-    """Whether the ops that were put in are all of this package, or of torch.
+def _is_named(gm: fx.GraphModule, options: Options) -> bool:
+    """Whether a graph's code, by which AOTAutograd's cache on disk knows it, names all that is made of it: whether the
+    ops that were put in are all of this package, or of torch, and what the backward keeps is as always.
 
-    AOTAutograd's cache on disk knows an op by its name. The code of ours is in its keys; that of a user's op, whose
-    gradient it traces through as well, may have changed.
+    The code of our ops is in the cache's keys; that of a user's op, whose gradient it traces through as well, may have
+    changed. What `liger.memory` says is noted at nodes.
     """
+    if options.memory != Options.memory:
+        return False
     made = (n.target for n in _nodes(gm) if "liger_pattern" in n.meta)
     return all(t.namespace in ("liger_compile", "aten") for t in made if isinstance(t, torch._ops.OpOverload))
 

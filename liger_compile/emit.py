@@ -167,7 +167,7 @@ def _emitted(emitter: Emitter) -> tuple[list[fx.Node], list[fx.Node]]:
         emitter.undo()
         raise Illegal(f"the replacement does not take these operands: {type(error).__name__}: {error}") from error
     for node in emitter.inserted[emitter.inserted.index(call) :]:
-        tag(node, site.match.pattern.recompute)
+        tag(node, site.match.pattern.recompute, site.match.options.memory)
     return results, emitter.inserted
 
 

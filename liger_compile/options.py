@@ -13,7 +13,12 @@ from .pattern import Pattern
 from .registry import patterns
 
 PREFIX = "liger."
-CHOICES = {"logits": ("lazy", "keep"), "loss": ("lean", "balanced", "fast"), "select": ("auto", "always")}
+CHOICES = {
+    "logits": ("lazy", "keep"),
+    "loss": ("lean", "balanced", "fast"),
+    "memory": ("speed", "balanced", "lean"),
+    "select": ("auto", "always"),
+}
 """The values of options that have a few."""
 
 
@@ -32,6 +37,9 @@ class Options:
     "keep" leaves the loss of such a model alone."""
     loss: str = "balanced"
     """What the loss takes of logits at a time ("lean", "balanced" or "fast"; docs/loss.md)."""
+    memory: str = "balanced"
+    """What the backward computes again instead of keeping it: results of norms and gated units ("balanced"), of RoPE
+    too ("lean"), or none of ours ("speed")."""
     select: str = "auto"
     """"auto" leaves to Inductor what it does as fast on this device, with these dtypes and sizes, as far as that was
     measured; "always" rewrites whatever the kernels take."""

@@ -42,7 +42,7 @@ class Pattern:
     function: Callable[..., Any]
     replacement: Callable[..., Any]
     check: Check | None = None
-    recompute: bool = False
+    recompute: bool | str = False
     """Whether the backward may compute the replacement again instead of keeping its result."""
     on_demand: bool = False
     """Whether intermediate results that the graph returns may be computed when somebody reads them."""

@@ -31,7 +31,7 @@ def register_pattern(
     replacement: Callable[..., Any],
     check: Check | None = None,
     name: str | None = None,
-    recompute: bool = False,
+    recompute: bool | str = False,
     on_demand: bool = False,
     examples: Examples | None = None,
     priority: int = 0,
@@ -56,7 +56,8 @@ def register_pattern(
             place of those captured.
         name: what reports call the pattern; the function's name by default. Functions that share a name are spellings
             of one pattern.
-        recompute: whether the backward may run the replacement again instead of keeping its result.
+        recompute: whether the backward may run the replacement again instead of keeping its result; "lean", only with
+            `options={"liger.memory": "lean"}`.
         on_demand: whether intermediate results that the model returns (logits next to a loss) may be computed only when
             somebody reads them, instead of preventing the rewrite.
         examples: operands to try the pattern with. It is called with a tensor factory and a number of rows, and yields
@@ -91,7 +92,7 @@ def pattern(
     replace: Callable[..., Any],
     check: Check | None = None,
     name: str | None = None,
-    recompute: bool = False,
+    recompute: bool | str = False,
     on_demand: bool = False,
     examples: Examples | None = None,
     priority: int = 0,
@@ -111,7 +112,7 @@ def make_pattern(
     replacement: Callable[..., Any],
     check: Check | None = None,
     name: str | None = None,
-    recompute: bool = False,
+    recompute: bool | str = False,
     on_demand: bool = False,
     examples: Examples | None = None,
     priority: int = 0,
@@ -128,6 +129,8 @@ def make_pattern(
                 f"pattern {name or type(function).__name__!r}: {what} is a {type(value).__name__}, a module; give a "
                 "function of its operands, parameters such as weight among them"
             )
+    if recompute not in (False, True, "lean"):
+        raise PatternError(f"pattern {name or function!r}: recompute={recompute!r}; give True, False or 'lean'")
     if not isinstance(priority, int):
         raise PatternError(f"pattern {name or function!r}: priority={priority!r}; give a whole number")
     name = getattr(function, "__name__", None) if name is None else name

@@ -104,54 +104,55 @@ FromLayout = Literal["halves", "neighbours", "neighbours to halves"]
 Choice = Literal[False, True]
 
 
-@pattern(replace=ops.rope_pair, check=check, name="rope", examples=examples)
+rope_pattern = partial(pattern, name="rope", recompute="lean")
+
+
+@rope_pattern(replace=ops.rope_pair, check=check, examples=examples)
 def rope_pair(q, k, cos, sin, *, layout: Layout, upcast: Choice, promote: Choice):
     return rotate(q, cos, sin, layout, upcast, promote), rotate(k, cos, sin, layout, upcast, promote)
 
 
-@pattern(replace=ops.rope, check=check, examples=examples)
+@rope_pattern(replace=ops.rope, check=check, examples=examples)
 def rope(x, cos, sin, *, layout: Layout, upcast: Choice, promote: Choice):
     return rotate(x, cos, sin, layout, upcast, promote)
 
 
-@pattern(replace=partial(ops.rope_pair, contiguous=True), check=check, name="rope", examples=examples)
+@rope_pattern(replace=partial(ops.rope_pair, contiguous=True), check=check, examples=examples)
 def partial_rope_pair(q, k, cos, sin, *, layout: Layout, upcast: Choice, promote: Choice):
     return rotate_part(q, cos, sin, layout, upcast, promote), rotate_part(k, cos, sin, layout, upcast, promote)
 
 
-@pattern(replace=partial(ops.rope, contiguous=True), check=check, name="rope", examples=examples)
+@rope_pattern(replace=partial(ops.rope, contiguous=True), check=check, examples=examples)
 def partial_rope(x, cos, sin, *, layout: Layout, upcast: Choice, promote: Choice):
     return rotate_part(x, cos, sin, layout, upcast, promote)
 
 
-@pattern(replace=partial(ops.rope_pair, inverse=True, promote=True), check=check, name="rope", examples=examples)
+@rope_pattern(replace=partial(ops.rope_pair, inverse=True, promote=True), check=check, examples=examples)
 def inverse_rope_pair(q, k, cos, sin):
     return rotate_back(q, cos, sin), rotate_back(k, cos, sin)
 
 
-@pattern(replace=partial(ops.rope, inverse=True, promote=True), check=check, name="rope", examples=examples)
+@rope_pattern(replace=partial(ops.rope, inverse=True, promote=True), check=check, examples=examples)
 def inverse_rope(x, cos, sin):
     return rotate_back(x, cos, sin)
 
 
-@pattern(
-    replace=partial(ops.rope_pair, contiguous=True, per_pair=True), check=check_pairs, name="rope", examples=examples
-)
+@rope_pattern(replace=partial(ops.rope_pair, contiguous=True, per_pair=True), check=check_pairs, examples=examples)
 def rope_pair_by_pairs(q, k, cos, sin, *, layout: FromLayout, upcast: Choice, promote: Choice, inverse: Choice):
     how = layout, upcast, promote, inverse
     return rotate_pairs(q, cos, sin, *how), rotate_pairs(k, cos, sin, *how)
 
 
-@pattern(replace=partial(ops.rope, contiguous=True, per_pair=True), check=check_pairs, name="rope", examples=examples)
+@rope_pattern(replace=partial(ops.rope, contiguous=True, per_pair=True), check=check_pairs, examples=examples)
 def rope_by_pairs(x, cos, sin, *, layout: FromLayout, upcast: Choice, promote: Choice, inverse: Choice):
     return rotate_pairs(x, cos, sin, layout, upcast, promote, inverse)
 
 
-@pattern(replace=ops.complex_rope_pair, check=check_pairs, name="rope", examples=complex_examples)
+@rope_pattern(replace=ops.complex_rope_pair, check=check_pairs, examples=complex_examples)
 def complex_rope_pair(q, k, freqs, *, promote: Choice):
     return rotate_complex(q, freqs, promote), rotate_complex(k, freqs, promote)
 
 
-@pattern(replace=ops.complex_rope, check=check_pairs, name="rope", examples=complex_examples)
+@rope_pattern(replace=ops.complex_rope, check=check_pairs, examples=complex_examples)
 def complex_rope(x, freqs, *, promote: Choice):
     return rotate_complex(x, freqs, promote)

@@ -21,7 +21,7 @@ from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from torch._subclasses import FakeTensorMode
 
 import liger_compile
-from liger_compile import _torch, backend, make_pattern, pattern, register_pattern, rewrite
+from liger_compile import Options, _torch, backend, make_pattern, pattern, register_pattern, rewrite
 
 
 def norm(x, w):
@@ -586,6 +586,13 @@ def test_large_buffers_on_a_gpu_are_freed(device, rows, given, asked):
     with FakeTensorMode():
         gm = capture(lambda x: x + 1, torch.empty(rows, 8, device=device))
     assert backend._freeing(given, gm) == asked
+
+
+def test_what_the_code_of_a_graph_does_not_say():
+    """AOTAutograd's cache on disk knows a graph by its code, in which policies for memory are not."""
+    gm = rewrite(capture(layer, *operands())).graphs[0].after
+    named = {memory: backend._is_named(gm, Options(memory=memory)) for memory in ("speed", "balanced", "lean")}
+    assert named == {"speed": False, "balanced": True, "lean": False}
 
 
 @pytest.mark.parametrize("dynamic", [None, True, False])

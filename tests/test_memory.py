@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from helpers import relative_error
 from models import batch, build
 
 from bench.kept import activations, check, ours, without_code
@@ -34,6 +35,25 @@ def test_each_pattern_by_itself():
     for pattern, more in (("rms_norm", 0), ("swiglu", 0), ("rope", angles)):
         alone, _ = activations(model, ours(enable=[pattern]), INPUTS)
         assert alone <= inductor + more, pattern
+
+
+def gradients(model, function):
+    return torch.autograd.grad(function(**INPUTS).loss, list(model.parameters()))
+
+
+def test_policies():
+    """Queries and keys are kept normalised and rotated, or as they were; norms and gated units are kept, or not."""
+    model = build("qwen3", torch.float32, num_hidden_layers=1)
+    kept = {policy: activations(model, ours(memory=policy), INPUTS)[0] for policy in ("lean", "balanced", "speed")}
+    config = model.config
+    heads = config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    assert kept["balanced"] - kept["lean"] == 4 * 64 * heads * 4
+    assert kept["speed"] - kept["balanced"] >= 4 * 64 * (config.hidden_size + config.intermediate_size) * 4
+    eager = gradients(model, model)
+    for policy in kept:
+        torch._dynamo.reset()
+        made = gradients(model, torch.compile(model, backend=ours(memory=policy)))
+        assert all(relative_error(o, e) < 1e-4 for o, e in zip(made, eager, strict=True))
 
 
 def test_the_measure():
