@@ -82,14 +82,7 @@ def fake_mode(shape_env: Any = None) -> Any:
 
 def as_fake(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A tensor without its data, of the size it has, in the mode of `like`. Checked on 2.11 to 2.14."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    if not isinstance(like, FakeTensor):
-        return tensor
-    if not isinstance(tensor, FakeTensor):
-        return like.fake_mode.from_tensor(tensor, static_shapes=True)
-    with like.fake_mode:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return _in_mode(getattr(like, "fake_mode", None), tensor)
 
 
 def static_example(tensor: torch.Tensor) -> torch.Tensor:
@@ -99,8 +92,19 @@ def static_example(tensor: torch.Tensor) -> torch.Tensor:
     Checked on 2.11, 2.13.
     """
     context = torch._guards.TracingContext.try_get()
-    mode = context.fake_mode if context is not None else None
-    return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+    return _in_mode(context.fake_mode if context is not None else None, tensor)
+
+
+def _in_mode(mode: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without its data in a mode for such; as it is, if there is none."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if mode is None:
+        return tensor
+    if not isinstance(tensor, FakeTensor):
+        return mode.from_tensor(tensor, static_shapes=True)
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def run_on_fakes(node: torch.fx.Node, value_of: Any) -> Any:

@@ -406,12 +406,12 @@ def _written_arguments(node: fx.Node) -> Iterator[Any]:
         if foreign or "mutation" in name:
             yield from node.all_input_nodes
     else:
-        flag = node.args[_INPLACE_FLAG[name]] if len(node.args) > _INPLACE_FLAG.get(name, 99) else False
+        flag = node.args[INPLACE_FLAG[name]] if len(node.args) > INPLACE_FLAG.get(name, 99) else False
         if trailing or node.kwargs.get("inplace", flag) is True:
             yield first
 
 
-_INPLACE_FLAG = {"silu": 1, "relu": 1, "mish": 1, "dropout": 3, "leaky_relu": 2, "elu": 2, "hardtanh": 3}
+INPLACE_FLAG = {"silu": 1, "relu": 1, "mish": 1, "dropout": 3, "leaky_relu": 2, "elu": 2, "hardtanh": 3}
 """Where functions take `inplace` by position."""
 
 

@@ -14,7 +14,7 @@ from torch import fx
 
 from . import _torch
 from .emit import same_layout
-from .graph_terms import Region, call_name, regions, value_of
+from .graph_terms import INPLACE_FLAG, Region, call_name, regions, value_of
 
 _OPERATORS = {getattr(operator, f"i{name}"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv")}
 _METHODS = frozenset(
@@ -25,8 +25,8 @@ _METHODS = frozenset(
 )
 """None that autocast has another dtype for when it gives a new tensor (`exp`, `pow`, `rsqrt`)."""
 
-_FUNCTIONS = {torch.nn.functional.silu: 1, torch.nn.functional.relu: 1, torch.nn.functional.mish: 1}
-"""Functions that take `inplace`, and at which position."""
+_FUNCTIONS = frozenset({torch.nn.functional.silu, torch.nn.functional.relu, torch.nn.functional.mish})
+"""Those that take `inplace`."""
 
 _VIEWS = frozenset(
     (
@@ -87,10 +87,11 @@ def _plain(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
         return None
     if target in _OPERATORS:
         return _OPERATORS[target], args, kwargs
-    at = _FUNCTIONS.get(target)
-    if at is None or not (kwargs.pop("inplace", False) or (len(args) > at and args[at])):
+    if target not in _FUNCTIONS:
         return None
-    return target, args[:at], kwargs
+    at = INPLACE_FLAG[target.__name__]
+    written = kwargs.pop("inplace", False) or (len(args) > at and args[at])
+    return (target, args[:at], kwargs) if written else None
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

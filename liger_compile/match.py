@@ -130,22 +130,8 @@ _FAMILIES = (
     {"cat", "stack", "interleave"},
     {"cross_entropy", "cross_entropy_of_probabilities", "nll_loss", "kl_div", "mse_loss", "pick"},
 )
-_COMMON = {
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "neg",
-    "square",
-    "cast",
-    "slice",
-    "select",
-    "cat",
-    "reshape",
-    "permute",
-    "expand",
-}
-_ARITHMETIC = _COMMON - {"cat"}
+_ARITHMETIC = {"add", "sub", "mul", "div", "neg", "square", "cast", "slice", "select", "reshape", "permute", "expand"}
+_COMMON = _ARITHMETIC | {"cat"}
 _HALF = (torch.float16, torch.bfloat16)
 
 

@@ -70,6 +70,10 @@ def head(hidden, weight, bias, wide):
     return logits.float() if wide else logits
 
 
+def cap(logits, softcap):
+    return torch.tanh(logits / softcap) * softcap
+
+
 @loss_pattern()
 def plain(hidden, weight, bias, target, ignore_index, reduction, label_smoothing):
     return loss(F.linear(hidden, weight, bias), target, ignore_index, reduction, label_smoothing)
@@ -96,7 +100,7 @@ def divided(hidden, weight, bias, target, ignore_index, reduction, label_smoothi
 
 @loss_pattern()  # Gemma 2
 def softcapped(hidden, weight, bias, target, ignore_index, reduction, label_smoothing, softcap, *, wide: Wide):
-    capped = torch.tanh(head(hidden, weight, bias, wide) / softcap) * softcap
+    capped = cap(head(hidden, weight, bias, wide), softcap)
     return loss(capped, target, ignore_index, reduction, label_smoothing)
 
 
@@ -132,7 +136,7 @@ def divided_rows(
 def softcapped_rows(
     hidden, weight, bias, target, shape, ignore_index, label_smoothing, softcap, *, wide: Wide, negative: Wide
 ):
-    capped = torch.tanh(head(hidden, weight, bias, wide) / softcap) * softcap
+    capped = cap(head(hidden, weight, bias, wide), softcap)
     return rows(capped, target, shape, ignore_index, label_smoothing, negative)
 
 
