@@ -1,15 +1,17 @@
 """Whole training steps, forward and backward, of model shapes that people train.
 
-    python -m bench.models [cases...] [--modes model loss] [--out FOLDER]
+    python -m bench.models [cases...] [--modes model loss] [--memory balanced lean] [--out FOLDER]
 
 Eager, Inductor, Liger-Kernel and liger_compile in one process, timed in turns; each with the whole model
-(`torch.compile(model)`, which returns logits) and, compiled, with a step that returns the loss alone.
+(`torch.compile(model)`, which returns logits) and, compiled, with a step that returns the loss alone; liger_compile
+with each `liger.memory` that is asked for.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -180,18 +182,20 @@ class changes_kept(contextlib.AbstractContextManager):
         self.space.update({k: v for k, v in self.original.items() if k in self.changed})
 
 
-def contenders(config: Any, modes: list[str]) -> dict[str, Callable[[], tuple[torch.nn.Module, Callable[..., Any]]]]:
+def contenders(
+    config: Any, modes: list[str], memory: list[str]
+) -> dict[str, Callable[[], tuple[torch.nn.Module, Callable[..., Any]]]]:
     """Name to a function that makes (the model, what is called each step)."""
 
     def eager() -> tuple[Any, Any]:
         model = make(config)
         return model, model
 
-    def compiled(backend: str, whole: bool) -> tuple[Any, Any]:
+    def compiled(whole: bool, **how: Any) -> tuple[Any, Any]:
         model = make(config)
         if whole:
-            return model, torch.compile(model, backend=backend)
-        return model, torch.compile(lambda **batch: model(**batch).loss, backend=backend)
+            return model, torch.compile(model, **how)
+        return model, torch.compile(lambda **batch: model(**batch).loss, **how)
 
     def liger_kernel() -> tuple[Any, Any]:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
@@ -208,9 +212,10 @@ def contenders(config: Any, modes: list[str]) -> dict[str, Callable[[], tuple[to
 
     made: dict[str, Any] = {"eager": eager, "Liger-Kernel": liger_kernel}
     for mode in modes:
-        for name, backend in (("Inductor", "inductor"), ("liger_compile", "liger")):
-            whole = mode == "model"
-            made[f"{name}, {mode}"] = lambda backend=backend, whole=whole: compiled(backend, whole)
+        made[f"Inductor, {mode}"] = functools.partial(compiled, mode == "model")
+        for kept in memory:
+            name = f"liger_compile, {mode}" + (f", {kept}" if kept != "balanced" else "")
+            made[name] = functools.partial(compiled, mode == "model", backend="liger", options={"liger.memory": kept})
     return made
 
 
@@ -226,12 +231,12 @@ def batch(case: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask != 0, ids, -100)}
 
 
-def run(case: dict[str, Any], modes: list[str], repeats: int, only: str) -> list[dict[str, Any]]:
+def run(case: dict[str, Any], modes: list[str], memory: list[str], repeats: int, only: str) -> list[dict[str, Any]]:
     torch._dynamo.reset()
     inputs = batch(case)
     steps: dict[str, Callable[[], Any]] = {}
     results: dict[str, dict[str, Any]] = {}
-    for name, build in contenders(case["config"], modes).items():
+    for name, build in contenders(case["config"], modes, memory).items():
         if only not in name:
             continue
         base = torch.cuda.memory_allocated()
@@ -267,6 +272,7 @@ def main() -> None:
     real = [name for name in CASES if not name.startswith("tiny")]
     parser.add_argument("cases", nargs="*", default=real, choices=list(CASES))
     parser.add_argument("--modes", nargs="*", default=["model", "loss"], choices=["model", "loss"])
+    parser.add_argument("--memory", nargs="*", default=["balanced"], choices=["speed", "balanced", "lean"])
     parser.add_argument("--only", default="", help="contenders with this in their name")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=None)
@@ -274,7 +280,7 @@ def main() -> None:
     for name in arguments.cases:
         case = CASES[name]
         with unmasked() if case.get("unmasked") else contextlib.nullcontext():
-            rows = run(case, arguments.modes, arguments.repeats, arguments.only)
+            rows = run(case, arguments.modes, arguments.memory, arguments.repeats, arguments.only)
         path = common.save(f"models-{name}", {"title": case["title"], "rows": rows}, arguments.out)
         print(f"\n{case['title']}\n\n{common.table(rows)}\n\n{path}", flush=True)
 
