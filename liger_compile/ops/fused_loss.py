@@ -100,12 +100,19 @@ class _Order(NamedTuple):
         ascending = torch.where(self.label < 0, torch.iinfo(torch.int32).max, self.label)
         places = torch.arange(n, device=ascending.device)
         rows = torch.where(self.starts(), torch.searchsorted(ascending, ascending, right=True) - places, 0)
-        keys = (rows * n + places).topk(min(FREQUENT, n)).values  # no two are equal: the same ones every run
+        keys = _largest(rows * n + places, min(FREQUENT, n))  # no two are equal: the same ones every run
         at = torch.where(keys >= n, keys % n, n)
         labels = F.pad(self.label, (0, 1), value=-1)[at]
         slot = torch.full((n + 1,), -1, dtype=torch.int32, device=ascending.device)
         slot[at] = torch.arange(at.shape[0], dtype=torch.int32, device=ascending.device)
         return F.pad(labels, (0, FREQUENT - at.shape[0]), value=-1), slot[:n]
+
+
+def _largest(keys: Tensor, count: int, parts: int = 16) -> Tensor:
+    """The largest of int64 [N] that are not negative, descending. Those of each part come first: `topk` has one block
+    go through a row, and parts take half the time."""
+    rows = F.pad(keys, (0, -keys.shape[0] % parts), value=-1).view(parts, -1)
+    return rows.topk(min(count, rows.shape[1])).values.flatten().topk(count).values
 
 
 def _guess(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
