@@ -314,6 +314,10 @@ class Matcher:
                     whole = state.pair(p, t).check(lo, 0, t).check(hi, t.shape[dim], t)
                     yield from self._unify(x, t, whole, inside, None)
                 yield from self._differs(state, p, t, inside)
+            elif p.op == "reshape" and t.op != "reshape" and isinstance(p.args[1], Term) and t.shape is not None:
+                for same_shape in self._bind(p.args[1], t.shape, state.pair(p, t), inside):  # leaves no trace either
+                    yield from self._unify(p.args[0], t, same_shape, inside, context)
+                yield from self._differs(state, p, t, inside)
             elif p.op == "slice" and t.op == "slice":
                 yield from self._operands(p, t, state)
                 yield from self._slice_of_slice(p, t, state)
