@@ -336,7 +336,7 @@ def sub(c: Call, x: Any, other: Any, *, alpha: Any = 1) -> Term:
         if _is_logsumexp(c, other, x):
             return elementwise(c, "log_softmax", _unshifted(c, x), -1)  # x - logsumexp(x) -> log_softmax(x)
         if _is_rowwise(x) and same(c.dtype, x.dtype) and _is_maximum(other, x):
-            return c("shifted", x, _is_detached(other))  # x - max(x) -> shifted(x)
+            return elementwise(c, "shifted", x, other)  # x - max(x)
     return elementwise(c, "sub", x, other)
 
 
@@ -822,10 +822,6 @@ def _is_maximum(m: Term, x: Term) -> bool:
     while m.op == "reshape" or _is_detach(m):
         m = m.args[1] if m.op == "call" else m.args[0]
     return m.op == "call" and m.args[0] == "amax" and m.args[1] is x and m.args[2] in (-1, (-1,))
-
-
-def _is_detached(m: Term) -> bool:
-    return _is_detach(m) or (m.op == "reshape" and _is_detached(m.args[0]))
 
 
 def _is_detach(m: Term) -> bool:

@@ -1626,6 +1626,7 @@ NEAR_MISSES = [
     ("linear_cross_entropy", r"float64", lambda h, w, y: F.cross_entropy(F.linear(h, w), y), (H.double(), V.double(), Y)),
     ("linear_cross_entropy", r"kl_div|mse_loss|cross_entropy", lambda h, w, y: F.mse_loss(F.linear(h, w).float(), w[y]), (H, torch.randn(8, 8), Y % 8)),
     ("linear_cross_entropy", r"has pick.*where the pattern has cross_entropy", lambda h, w, y: (lambda z: z.gather(-1, y[:, None]) - z.tanh().logsumexp(-1, True))(F.linear(h, w)), (H, V, Y)),
+    ("linear_cross_entropy", r"has pick.*where the pattern has cross_entropy", lambda h, w, y: (lambda z: z.gather(-1, y[:, None])[:, 0] - torch.stack([r.logsumexp(-1) for r in z]))(F.linear(h, w).float()), (H.bfloat16(), V.bfloat16(), Y)),
     ("linear_cross_entropy", r"also used by", lambda h, w, y: (lambda p: p.gather(-1, y[:, None]).mean() + p.mean())(F.log_softmax(F.linear(h, w), -1)), (H, V, Y)),
     ("linear_cross_entropy", r"also used by", lambda h, w, y: (lambda z: (z.logsumexp(-1) - z[range(6), y]).mean() + z.square().mean())(F.linear(h, w)), (H, V, Y)),
     ("linear_cross_entropy", r"max_1 is also used by", lambda h, w, y: (lambda z, m: (z - m[0]).logsumexp(-1) - (z - m[0])[range(6), y] + m[1].sum())(*(lambda z: (z, z.max(-1, True)))(F.linear(h, w))), (H, V, Y)),
