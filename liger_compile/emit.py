@@ -117,11 +117,18 @@ def _slice(e: Emitter, x: Term, dim: int, lo: Any, hi: Any, step: int) -> fx.Nod
     return e.node("call_function", operator.getitem, (e.operand(x), index))
 
 
+def _from_end(e: Emitter, index: Term, n: Any) -> fx.Node:
+    index, n = e.operand(index), e.operand(n)
+    negative, behind = (e.node("call_function", f, (index, by)) for f, by in ((operator.lt, 0), (operator.add, n)))
+    return e.node("call_function", torch.where, (negative, behind, index))
+
+
 _IMPLICIT: dict[str, Callable[..., fx.Node]] = {
     "cast": lambda e, x, dtype: e.node("call_method", "to", (e.operand(x), dtype)),
     "reshape": lambda e, x, shape: e.node("call_method", "reshape", (e.operand(x), *_sizes(e, shape))),
     "permute": lambda e, x, order: e.node("call_method", "permute", (e.operand(x), *_full(x, order))),
     "slice": _slice,
+    "from_end": _from_end,
     "linear": lambda e, x, w, b: e.node(
         "call_function", torch.nn.functional.linear, (e.operand(x), e.operand(w), e.operand(b))
     ),

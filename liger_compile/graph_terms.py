@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from . import _torch
-from .rules import RULES, Call, NotCanonical
+from .rules import RULES, Call, NotCanonical, is_arange
 from .terms import Term, Terms, same
 
 _NAMESPACES = (torch, torch.nn.functional, torch._C._nn, operator, torch.special, torch.linalg)
@@ -233,12 +233,16 @@ class GraphTerms:
         if node.op == "call_method" and name == "where" and len(args) > 1:
             args[:2] = args[1], args[0]  # x.where(condition, y) -> where(condition, x, y)
         if isinstance(value, torch.Tensor):
-            if any(isinstance(a, fx.Node) and _elsewhere(value_of(a), value) for a in node.all_input_nodes):
+            if any(_elsewhere(value_of(a), value) and not self._is_position(a, node) for a in node.all_input_nodes):
                 return None
             call = Call(self.terms, value.dtype, tuple(value.shape))
         else:
             call = Call(self.terms, parts=tuple(value))
         return canonical(call, name, node.target, args, kwargs, unique=node.name)
+
+    def _is_position(self, index: fx.Node, node: fx.Node) -> bool:
+        """Whether a call looks rows up by numbers that count up, which may be on any device."""
+        return call_name(node.target) == "getitem" and is_arange(self.of.get(index))
 
     def _arguments(self, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
         """Those of a call, as it sees them."""

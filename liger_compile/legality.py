@@ -13,6 +13,7 @@ from . import _torch
 from .graph_terms import inputs_of, value_of
 from .log import warn_once
 from .match import Match
+from .rules import is_arange
 from .terms import Term
 
 _FREE = {"cast", "slice", "select", "reshape", "permute", "expand", "repeat"}
@@ -175,7 +176,7 @@ def _check_other_users(site: Site, defer: bool) -> tuple[fx.Node, ...]:
         term = site.match.view.of.get(node)
         if (
             term is not None
-            and term.op in _FREE
+            and (term.op in _FREE or is_arange(term))
             and not any(i in inside and i not in free for i in node.all_input_nodes)
         ):
             free.add(node)

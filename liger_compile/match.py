@@ -155,6 +155,10 @@ def _related(p: Term, t: Term) -> bool:
     return count_p == count_t and t.op != "linear" and bool(_operand_names(p) & _operand_names(t))
 
 
+def _uncast(t: Term) -> Term:
+    return _uncast(t.args[0]) if t.op == "cast" else t
+
+
 class Matcher:
     """Matches patterns against one graph.
 
@@ -169,7 +173,7 @@ class Matcher:
         self._found: dict[frozenset[str], list[Term]] = {}
         self._slices: dict[tuple[Term, int], list[Term]] = {}
         for term in view.carriers:
-            self._anchors.setdefault(_name(term), []).append(term)
+            self._anchors.setdefault(_name(_uncast(term) if tolerance else term), []).append(term)
             if term.op == "slice" and term.args[4] == 1:
                 self._slices.setdefault(term.args[:2], []).append(term)
             for name in _operand_names(term):
@@ -212,7 +216,8 @@ class Matcher:
         """The closest match with differences, if it is close enough to be worth telling."""
         self._enter(anchor)
         best: NearMiss | None = None
-        for state in self._unify(spelling.roots[0], anchor, _State(), anchor, None):
+        root = spelling.roots[0]
+        for state in self._unify(root, anchor if root.op == "cast" else _uncast(anchor), _State(), anchor, None):
             unmet = self._unmet(state)
             differences = (*state.differences, unmet) if unmet is not None else state.differences
             if not differences or len(differences) > self.tolerance:
@@ -314,12 +319,18 @@ class Matcher:
                     whole = state.pair(p, t).check(lo, 0, t).check(hi, t.shape[dim], t)
                     yield from self._unify(x, t, whole, inside, None)
                 yield from self._differs(state, p, t, inside)
+            elif p.op == "reshape" and t.op != "reshape" and isinstance(p.args[1], Term) and t.shape is not None:
+                for same_shape in self._bind(p.args[1], t.shape, state.pair(p, t), inside):  # leaves no trace either
+                    yield from self._unify(p.args[0], t, same_shape, inside, context)
+                yield from self._differs(state, p, t, inside)
             elif p.op == "slice" and t.op == "slice":
                 yield from self._operands(p, t, state)
                 yield from self._slice_of_slice(p, t, state)
             elif p.op != t.op:
                 if p.op == "sub" and t.op == "add":
                     yield from self._difference(p, t, state)
+                if p.op == "sub" and t.op == "shifted" and same(t.args[1].shape[:-1], t.shape[:-1]):
+                    yield from self._operands(p, t, state)
                 yield from self._other_operation(p, t, state, inside)
             else:
                 yield from self._operands(p, t, state)

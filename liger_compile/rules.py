@@ -12,7 +12,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -332,6 +332,11 @@ def sub(c: Call, x: Any, other: Any, *, alpha: Any = 1) -> Term:
     for picked, total in ((x, other), (other, x)):
         if (loss := _loss_of_picked(c, picked, total)) is not None:
             return neg(c, loss) if picked is x else loss  # z[y] - logsumexp(z) -> -cross_entropy(z, y)
+    if _is_tensor(x) and _is_tensor(other):
+        if _is_logsumexp(c, other, x):
+            return elementwise(c, "log_softmax", _unshifted(c, x), -1)  # x - logsumexp(x) -> log_softmax(x)
+        if _is_rowwise(x) and same(c.dtype, x.dtype) and _is_maximum(other, x):
+            return elementwise(c, "shifted", x, other)  # x - max(x)
     return elementwise(c, "sub", x, other)
 
 
@@ -451,6 +456,24 @@ def _log_softmax(c: Call, x: Term, dim: Any = None, _stacklevel: Any = 3, dtype:
     return elementwise(c, "log_softmax", x if dtype is None else cast(c, x, dtype), _negative(x, dim))
 
 
+@rule("log")
+def _log(c: Call, x: Term) -> Term:
+    exponentials = _unwidened(x.args[0]) if x.op == "sum" and x.args[1] == -1 else x
+    if exponentials.op != "exp" or not _has_rows(_unwidened(exponentials.args[0])):
+        raise NotCanonical("is not taken of a sum of exponentials of a linear layer's outputs")
+    return _logsumexp(c, exponentials.args[0], -1)  # log(sum(exp(x))) -> logsumexp(x)
+
+
+@rule("max")
+def _max(c: Call, x: Term, dim: Any = None, keepdim: Any = False) -> tuple[Any, ...]:
+    """The values are those of `amax`; of the indices nothing is known."""
+    if not c.parts or not isinstance(dim, int):
+        raise NotCanonical("is not taken over one dimension")
+    values = c.parts[0]
+    args = ("amax", x, (_negative(x, dim),), keepdim)
+    return c.terms.make("call", args, values.dtype, tuple(values.shape)), None
+
+
 @rule("logsumexp")
 def _logsumexp(c: Call, x: Term, dim: Any, keepdim: Any = False) -> Term:
     """That of each row, in the shape it is given in the end."""
@@ -514,8 +537,9 @@ def _is_columns(x: Term) -> bool:
 
 
 def _has_rows(x: Term) -> bool:
-    """Whether rows of x are those of the linear layer's input. Of log_softmax they are too, but columns are not."""
-    return _is_rowwise(x.args[0] if x.op == "log_softmax" and x.args[1] == -1 else x)
+    """Whether rows of x are those of the linear layer's input. Less a number for each row they are too, but columns
+    are not."""
+    return _is_rowwise(x.args[0] if x.op == "shifted" or (x.op == "log_softmax" and x.args[1] == -1) else x)
 
 
 def _of_rows(c: Call, x: Term, move: Callable[[Term], Term]) -> Term:
@@ -570,8 +594,8 @@ def getitem(c: Call, x: Any, index: Any) -> Any:
     if isinstance(x, tuple):
         return x[index]
     items = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(i, (Term, list, bool, torch.Tensor)) for i in items):
-        raise NotCanonical("indexes with data")
+    if any(isinstance(i, (Term, list, bool, range, torch.Tensor)) for i in items):
+        return _looked_up(c, x, items)
     taken = sum(i is not None and i is not Ellipsis for i in items)
     if Ellipsis not in items:
         items.append(Ellipsis)
@@ -701,8 +725,6 @@ def _gather(c: Call, x: Term, dim: Any, index: Term, *, sparse_grad: Any = False
     """One element of each row of log-probabilities, or of a linear layer's outputs."""
     if _negative(x, dim) != -1 or sparse_grad:
         raise NotCanonical("takes more than one element of each row")
-    if not (x.op == "log_softmax" and x.args[1] == -1) and not _is_rowwise(x):
-        raise NotCanonical("takes no log-probabilities, and no outputs of a linear layer")
     if c.shape is None:
         if index.op != "reshape":
             raise PatternError("takes elements by an index that is not index.unsqueeze(-1)")
@@ -713,11 +735,50 @@ def _gather(c: Call, x: Term, dim: Any, index: Term, *, sparse_grad: Any = False
             raise NotCanonical("takes more than one element of each row")
         if not all(map(_torch.known_equal, index.shape, rows)):  # asked last: it guards sizes
             raise NotCanonical("takes elements of some rows")
-        x = _flat_rows(c, x)
-        index = reshape_to(c, index, x.shape[:1])
-    if x.op == "log_softmax":
-        return neg(c, _loss_of_rows(c, x.args[0], index))  # log_softmax(z)[y] -> -cross_entropy(z, y)
-    return _of_flat(c, "pick", x, index)
+        index = reshape_to(c, index, (math.prod(rows),))
+    return _picked(c, x, index)
+
+
+def _picked(c: Call, x: Term, index: Term) -> Term:
+    """One element of each row of x; `index` has one dimension."""
+    narrow = _unwidened(x)
+    if not _has_rows(narrow):
+        raise NotCanonical("takes no log-probabilities, and no outputs of a linear layer")
+    if narrow.op == "log_softmax":  # log_softmax(z)[y] -> -cross_entropy(z, y), cast or not
+        rows = narrow if c.shape is None else _flat_rows(c, narrow)
+        return neg(c, _loss_of_rows(c, rows.args[0], index))
+    if widens(x):
+        return _through_cast(c, x, lambda y: _picked(replace(c, dtype=y.dtype), y, index))
+    return _of_flat(c, "pick", x if c.shape is None else _flat_rows(c, x), index)
+
+
+def _looked_up(c: Call, x: Term, items: list[Any]) -> Term:
+    """x[arange(n), index], where a negative index counts from the end."""
+    if x.shape is None or len(x.shape) != 2 or len(items) != 2 or not isinstance(items[1], Term):
+        raise NotCanonical("indexes with data")
+    positions, index = items
+    if index.dtype not in (torch.int64, torch.int32) or len(index.shape) != 1 or not _has_rows(_unwidened(x)):
+        raise NotCanonical("indexes with data")
+    n, classes = x.shape
+    if not (_counts_to(positions, n) and _torch.known_equal(index.shape[0], n)):
+        raise NotCanonical("takes elements of some rows")
+    index = cast(c, index, torch.int64)
+    return _picked(c, x, c.terms.make("from_end", (index, classes), index.dtype, index.shape))
+
+
+def _counts_to(positions: Any, n: Any) -> bool:
+    """Whether this is 0, 1, .. n - 1; the size may become a guard."""
+    if isinstance(positions, range):
+        return positions.start == 0 and positions.step == 1 and _torch.known_equal(positions.stop, n)
+    if not is_arange(positions) or positions.dtype not in (torch.int64, torch.int32):
+        return False
+    bounds = positions.args[1:-4]  # behind them: dtype, layout, device, pin_memory
+    start, step = (bounds[0] if len(bounds) > 1 else 0), (bounds[2] if len(bounds) > 2 else 1)
+    return same(start, 0) and same(step, 1) and _torch.known_equal(positions.shape[0], n)
+
+
+def is_arange(x: Any) -> bool:
+    return isinstance(x, Term) and x.op == "call" and x.args[0] == "arange"
 
 
 @rule("take_along_dim")
@@ -731,10 +792,51 @@ def _loss_of_picked(c: Call, picked: Any, total: Any) -> Term | None:
     """logsumexp(z) - z[y] -> cross_entropy(z, y)"""
     if not (_is_tensor(picked) and _is_tensor(total)):
         return None
-    z, lse = (t.args[0] if t.op == "reshape" else t for t in (picked, total))
-    if z.op != "pick" or lse.op != "logsumexp" or z.args[0] is not lse.args[0] or not same(picked.shape, total.shape):
+    z, lse = _flat(picked), _flat(total)
+    if z.op != "pick" or lse.op != "logsumexp" or not same(picked.shape, total.shape):
         return None
-    return _loss_of_rows(c, *z.args)
+    if z.args[0] is not _unwidened(lse.args[0]):
+        return None
+    return _loss_of_rows(c, _unshifted(c, lse.args[0]), z.args[1])
+
+
+def _flat(x: Term) -> Term:
+    """What `_of_flat` has given a shape, and a cast perhaps a wider dtype."""
+    x = _unwidened(x)
+    return x.args[0] if x.op == "reshape" else x
+
+
+def _is_logsumexp(c: Call, total: Term, x: Term) -> bool:
+    """Whether this is that of each row of x, which broadcasts."""
+    lse = _flat(total)
+    if c.shape is None or lse.op != "logsumexp" or not _has_rows(_unwidened(x)):
+        return False
+    return same(total.shape, (*x.shape[:-1], 1)) and _unwidened(lse.args[0]) is _flat_rows(c, _unwidened(x))
+
+
+def _is_maximum(m: Term, x: Term) -> bool:
+    """Whether this is the maximum of each row of x, which broadcasts."""
+    rows = None if x.shape is None else (*x.shape[:-1], 1)
+    if rows is None or not same(m.shape, rows):
+        return False
+    while m.op == "reshape" or _is_detach(m):
+        m = m.args[1] if m.op == "call" else m.args[0]
+    return m.op == "call" and m.args[0] == "amax" and m.args[1] is x and m.args[2] in (-1, (-1,))
+
+
+def _is_detach(m: Term) -> bool:
+    return m.op == "call" and m.args[0] == "detach"
+
+
+def _unshifted(c: Call, x: Term) -> Term:
+    """Less the rows' maxima -> as it is, for what does not change if a number is added to a row.
+
+    Neither do gradients. Of L(x - m), with sum_j dL/dz_j = 0 as L does not change, m gets -sum_j dL/dz_j = 0 and hands
+    nothing on to x, detached or not, and x gets dL/dz itself.
+    """
+    if widens(x):
+        return cast(c, _unshifted(c, x.args[0]), x.args[1])
+    return x.args[0] if x.op == "shifted" else x
 
 
 def _loss_of_rows(c: Call, rows: Term, target: Term) -> Term:

@@ -633,6 +633,17 @@ def test_an_operand_used_twice_is_one_tensor():
     assert found(gated, one, lambda x, y: y.exp() * y.sigmoid(), x, y).counts == {"mine": 1}
 
 
+def test_what_a_loss_would_drop_is_there_for_other_patterns():
+    """Less the rows' maxima, a linear layer's outputs are a term of their own; as a pattern's operand they are none."""
+
+    def exponentials(x):
+        return torch.exp(x - x.amax(-1, keepdim=True))
+
+    x, weight = torch.randn(3, 8), torch.randn(5, 8)
+    assert found(exponentials, one, exponentials, x).counts == {"mine": 1}
+    assert found(exponentials, one, lambda x: exponentials(F.linear(x, weight)), x).counts == {"mine": 1}
+
+
 def test_a_number_used_twice_is_one_number():
     def scaled(x, n: float):
         return (x * n).exp() * n

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import report_of
+from helpers import relative_error, report_of, rewritten
 from torch import nn
 
 # ---- RMSNorm ------------------------------------------------------------------------------------------------------
@@ -1296,6 +1296,55 @@ def loss_negative_difference(h, w, b, y):
     return (selected - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
 
 
+def loss_log_probabilities_upcast(h, w, b, y):
+    return F.log_softmax(F.linear(h, w), dim=-1).float().gather(-1, y[:, None]).mean()
+
+
+def loss_looked_up(h, w, b, y):
+    logits = F.linear(h, w)
+    return (torch.logsumexp(logits, dim=-1) - logits[torch.arange(y.shape[0]), y]).mean()
+
+
+def loss_looked_up_in_a_range(h, w, b, y):
+    logits = F.linear(h.view(2, 3, 8), w, b).view(-1, 11).float()
+    return -F.log_softmax(logits, dim=-1)[range(len(y)), y].mean()
+
+
+def loss_looked_up_from_zero(h, w, b, y):
+    positions = torch.arange(0, 6, 1, dtype=torch.int32)
+    return F.log_softmax(F.linear(h, w), dim=-1)[positions, y.int()].sum() + positions.sum()
+
+
+def loss_less_the_maximum(h, w, b, y):  # as in CS336
+    logits = F.linear(h.view(2, 3, 8), w)
+    z = logits - logits.max(dim=-1, keepdim=True).values
+    return (z.exp().sum(-1).log() - z.gather(-1, y.view(2, 3, 1)).squeeze(-1)).mean()
+
+
+def loss_less_the_maximum_looked_up(h, w, b, y):
+    logits = F.linear(h, w, b)
+    logits = logits - torch.max(logits, dim=-1, keepdim=True)[0].detach()
+    return torch.mean(-logits[torch.arange(y.size(0)), y] + torch.log(torch.sum(torch.exp(logits), dim=-1)))
+
+
+def loss_less_the_largest(h, w, b, y):
+    logits = F.linear(h, w).float() / 0.7
+    z = logits - logits.amax(-1).unsqueeze(-1)
+    return (torch.logsumexp(z, -1, keepdim=True) - z.gather(-1, y[:, None])).sum()
+
+
+def loss_log_probabilities_written_out(h, w, b, y):
+    logits = F.linear(h.view(2, 3, 8), w)
+    z = logits - logits.amax(-1, keepdim=True)
+    log_probabilities = z - torch.log(torch.exp(z).sum(-1, keepdim=True))
+    return -log_probabilities.gather(-1, y.view(2, 3).unsqueeze(-1)).squeeze(-1)
+
+
+def loss_of_exponentials(h, w, b, y):
+    logits = F.linear(h, w).float()
+    return (logits.exp().sum(dim=-1).log() - logits.gather(-1, y[:, None]).squeeze(-1)).mean()
+
+
 if hasattr(F, "linear_cross_entropy"):  # torch 2.13
 
     def loss_of_torch(h, w, b, y):
@@ -1325,7 +1374,111 @@ def test_linear_cross_entropy(function, dtype):
     assert result.dtype == function(h, w, b, y).dtype
 
 
+def looked_up(h, w, y):
+    logits = F.linear(h, w)
+    return (torch.logsumexp(logits, -1) - logits[torch.arange(y.shape[0]), y]).mean()
+
+
+def log_probabilities_looked_up(h, w, y):
+    return -F.log_softmax(F.linear(h, w).float(), -1)[range(len(y)), y].mean()
+
+
+def less_the_maximum(h, w, y):
+    logits = F.linear(h, w)
+    z = logits - logits.max(-1, keepdim=True).values
+    return (z.exp().sum(-1).log() - z.gather(-1, y[:, None]).squeeze(-1)).mean()
+
+
+def less_the_maximum_as_a_constant(h, w, y):
+    logits = F.linear(h, w)
+    z = logits - logits.amax(-1, keepdim=True).detach()
+    return (z.exp().sum(-1).log() - z[torch.arange(len(y)), y]).mean()
+
+
+WRITTEN_OUT = [looked_up, log_probabilities_looked_up, less_the_maximum, less_the_maximum_as_a_constant]
+
+
+def gradients(function, h, w, y):
+    h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
+    loss = function(h, w, y)
+    return loss.detach(), *torch.autograd.grad(loss, (h, w))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("function", WRITTEN_OUT)
+def test_gradients_of_a_written_out_loss(function, dtype, autocast):
+    h, w, y = torch.randn(6, 8, dtype=dtype), torch.randn(11, 8, dtype=dtype), torch.tensor([0, 10, 3, 5, 3, 7])
+    reports = []
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=rewritten(reports))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours, eager = gradients(compiled, h, w, y), gradients(function, h, w, y)
+    assert [r.counts for r in reports] == [{"linear_cross_entropy": 1}], reports
+    exact = gradients(function, h.double(), w.double(), y)
+    for mine, theirs, true in zip(ours, eager, exact, strict=True):
+        assert mine.dtype is theirs.dtype
+        assert relative_error(mine, true) <= 1.5 * relative_error(theirs, true) + torch.finfo(theirs.dtype).eps
+
+
+@pytest.mark.parametrize("function", [looked_up, log_probabilities_looked_up])
+def test_negative_labels_count_from_the_end_of_a_lookup(function):
+    h, w, y = torch.randn(6, 8), torch.randn(101, 8), torch.tensor([0, -1, -100, -101, 3, 100])
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=rewritten(reports := []))
+    torch.testing.assert_close(gradients(compiled, h, w, y), gradients(function, h, w, y))
+    assert reports[0].counts == {"linear_cross_entropy": 1}
+    for outside in (101, -102, torch.iinfo(torch.int64).min):
+        with pytest.raises((IndexError, RuntimeError)):
+            compiled(h, w, torch.full_like(y, outside))
+
+
+def test_negative_labels_are_none_of_a_gather():
+    h, w, y = torch.randn(6, 8), torch.randn(101, 8), torch.tensor([0, 1, -100, 2, 3, 100])
+    torch._dynamo.reset()
+    with pytest.raises((IndexError, RuntimeError)):
+        torch.compile(less_the_maximum, backend=rewritten())(h, w, y)
+
+
+def test_lookup_of_a_size_that_only_the_compiler_knows():
+    torch._dynamo.reset()
+    compiled = torch.compile(looked_up, backend=rewritten(reports := []), dynamic=True)
+    w = torch.randn(11, 8)
+    for n in (6, 9):
+        h, y = torch.randn(n, 8), torch.randint(-11, 11, (n,))
+        torch.testing.assert_close(gradients(compiled, h, w, y), gradients(looked_up, h, w, y))
+    assert [r.counts for r in reports] == [{"linear_cross_entropy": 1}]
+
+
+def test_logits_beyond_the_largest_exponential():
+    h, w, y = 30 * torch.ones(2, 8), torch.eye(11, 8), torch.tensor([0, 10])
+
+    def plain(h, w, y):
+        z = F.linear(h, 4 * w)
+        return (z.exp().sum(-1).log() - z.gather(-1, y[:, None]).squeeze(-1)).mean()
+
+    torch._dynamo.reset()
+    assert plain(h, w, y).isinf()
+    expected = F.cross_entropy(F.linear(h, 4 * w), y)
+    torch.testing.assert_close(torch.compile(plain, backend=rewritten())(h, w, y), expected)
+
+
 OTHER_LOOKUPS = [
+    lambda h, w, y: F.log_softmax(F.linear(h, w), -1)[torch.arange(1, 6), y[1:]],
+    lambda h, w, y: F.log_softmax(F.linear(h, w), -1)[torch.arange(5), y[:5]],
+    lambda h, w, y: F.log_softmax(F.linear(h, w), -1)[torch.arange(0, 12, 2) // 2 * 0, y],
+    lambda h, w, y: F.log_softmax(F.linear(h, w), -1)[torch.arange(5, -1, -1), y],
+    lambda h, w, y: F.log_softmax(F.linear(h, w), -1)[torch.arange(6), y[:1]],
+    lambda h, w, y: F.log_softmax(F.linear(h, w), -1)[torch.arange(6)[:, None], y],
+    lambda h, w, y: F.log_softmax(F.linear(h, w), -1)[range(5, -1, -1), y],
+    lambda h, w, y: F.log_softmax(F.linear(h, w), -1)[y % 6, y],
+    lambda h, w, y: F.log_softmax(F.linear(h, w)[:, :6], -1)[torch.arange(6, dtype=torch.uint8).bool()],
+    lambda h, w, y: (lambda z: (z - z.amax(-1, True)).logsumexp(-1) - z[torch.arange(6), y])(F.linear(h, w)),
+    lambda h, w, y: (lambda z: (z - z.amax(0)).exp().sum(-1).log() - (z - z.amax(0))[range(6), y])(F.linear(h, w)),
+    lambda h, w, y: (lambda z: z.exp().sum(0).log()[y] - z[range(6), y])(F.linear(h, w)),
+    lambda h, w, y: (lambda z: (z - z.detach().amax(-1, True)).logsumexp(-1) - (z - z.amax(-1, True))[range(6), y])(
+        F.linear(h, w)
+    ),
     lambda h, w, y: F.log_softmax(F.linear(h, w), 0).gather(-1, y[:, None]),
     lambda h, w, y: F.log_softmax(F.linear(h, w), -1).gather(-1, y[:, None].expand(-1, 2)),
     lambda h, w, y: F.log_softmax(F.linear(h, w), -1)[:, :9].gather(-1, y[:, None].clamp(max=8)),
@@ -1473,7 +1626,10 @@ NEAR_MISSES = [
     ("linear_cross_entropy", r"float64", lambda h, w, y: F.cross_entropy(F.linear(h, w), y), (H.double(), V.double(), Y)),
     ("linear_cross_entropy", r"kl_div|mse_loss|cross_entropy", lambda h, w, y: F.mse_loss(F.linear(h, w).float(), w[y]), (H, torch.randn(8, 8), Y % 8)),
     ("linear_cross_entropy", r"has pick.*where the pattern has cross_entropy", lambda h, w, y: (lambda z: z.gather(-1, y[:, None]) - z.tanh().logsumexp(-1, True))(F.linear(h, w)), (H, V, Y)),
+    ("linear_cross_entropy", r"has pick.*where the pattern has cross_entropy", lambda h, w, y: (lambda z: z.gather(-1, y[:, None])[:, 0] - torch.stack([r.logsumexp(-1) for r in z]))(F.linear(h, w).float()), (H.bfloat16(), V.bfloat16(), Y)),
     ("linear_cross_entropy", r"also used by", lambda h, w, y: (lambda p: p.gather(-1, y[:, None]).mean() + p.mean())(F.log_softmax(F.linear(h, w), -1)), (H, V, Y)),
+    ("linear_cross_entropy", r"also used by", lambda h, w, y: (lambda z: (z.logsumexp(-1) - z[range(6), y]).mean() + z.square().mean())(F.linear(h, w)), (H, V, Y)),
+    ("linear_cross_entropy", r"max_1 is also used by", lambda h, w, y: (lambda z, m: (z - m[0]).logsumexp(-1) - (z - m[0])[range(6), y] + m[1].sum())(*(lambda z: (z, z.max(-1, True)))(F.linear(h, w))), (H, V, Y)),
     ("linear_cross_entropy", r"not positive|softcap", lambda h, w, y: F.cross_entropy(torch.tanh(F.linear(h, w) / 30.0) * 20.0, y), (H, V, Y)),
 ]  # fmt: skip
 
