@@ -123,12 +123,22 @@ def _from_end(e: Emitter, index: Term, n: Any) -> fx.Node:
     return e.node("call_function", torch.where, (negative, behind, index))
 
 
+def _by_class(e: Emitter, weight: Term, scale: Term) -> fx.Node:
+    """A weight or a bias of which each row is scaled, in its dtype."""
+    factor = e.operand(scale)
+    if len(weight.shape) > 1:
+        factor = e.node("call_method", "unsqueeze", (factor, -1))
+    scaled = e.node("call_function", operator.mul, (e.operand(weight), factor))
+    return e.node("call_method", "to", (scaled, weight.dtype))
+
+
 _IMPLICIT: dict[str, Callable[..., fx.Node]] = {
     "cast": lambda e, x, dtype: e.node("call_method", "to", (e.operand(x), dtype)),
     "reshape": lambda e, x, shape: e.node("call_method", "reshape", (e.operand(x), *_sizes(e, shape))),
     "permute": lambda e, x, order: e.node("call_method", "permute", (e.operand(x), *_full(x, order))),
     "slice": _slice,
     "from_end": _from_end,
+    "by_class": _by_class,
     "linear": lambda e, x, w, b: e.node(
         "call_function", torch.nn.functional.linear, (e.operand(x), e.operand(w), e.operand(b))
     ),

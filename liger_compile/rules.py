@@ -192,7 +192,7 @@ def mul(c: Call, x: Any, other: Any) -> Term:
     for a, b in ((x, y), (y, x)):
         if b.op == "sigmoid" and b.args[0] is a:
             return elementwise(c, "silu", a)  # x * sigmoid(x) -> silu(x)
-    return _product(c, x, y)
+    return _product(c, y, x) if _is_by_class(x, y) else _product(c, x, y)
 
 
 def _product(c: Call, x: Term, y: Any) -> Term:
@@ -527,9 +527,18 @@ def _is_tensor(value: Any) -> bool:
 def _is_rowwise(x: Term) -> bool:
     """Whether x is a linear layer's output, perhaps scaled or capped, or columns of it: a row depends on one row of
     the input."""
-    while x.op == "tanh" or (x.op == "mul" and not _is_tensor(x.args[1])) or widens(x) or _is_columns(x):
+    while x.op == "tanh" or _is_scaled(x) or widens(x) or _is_columns(x):
         x = x.args[0]
     return x.op == "linear"
+
+
+def _is_scaled(x: Term) -> bool:
+    """Whether this is a product with a number, or with a number for each class."""
+    return x.op == "mul" and (not _is_tensor(x.args[1]) or _is_by_class(x.args[1], x.args[0]))
+
+
+def _is_by_class(scale: Term, x: Term) -> bool:
+    return x.op in ("linear", "cast") and scale.shape is not None and same(scale.shape, x.shape[-1:]) and _is_rowwise(x)
 
 
 def _is_columns(x: Term) -> bool:
@@ -1119,7 +1128,15 @@ def _flat_rows(c: Call, x: Term) -> Term:
 
 
 def _head(c: Call, x: Term) -> Term:
-    """Some columns of a linear layer's output -> the output of a linear layer with some rows of its weight."""
+    """Some columns of a linear layer's output -> the output of a linear layer with some rows of its weight; scaled by
+    class, with scaled rows of it, which are rounded in place of the outputs."""
+    if x.op == "mul" and _is_tensor(x.args[1]):
+        layer, scale = _head(c, x.args[0]), x.args[1]
+        if _unwidened(layer).op != "linear":
+            return x
+        rows, *weights = _unwidened(layer).args
+        scaled = [w if w is None else c.terms.make("by_class", (w, scale), w.dtype, w.shape) for w in weights]
+        return cast(c, c.terms.make("linear", (rows, *scaled), _unwidened(layer).dtype, x.shape), x.dtype)
     if x.op in ("cast", "mul", "tanh") and isinstance(x.args[0], Term):
         inner = _head(c, x.args[0])
         return x if inner is x.args[0] else c.terms.make(x.op, (inner, *x.args[1:]), x.dtype, x.shape)
@@ -1128,7 +1145,8 @@ def _head(c: Call, x: Term) -> Term:
     inner, _, lo, hi, _ = x.args
     if inner.op != "linear":  # past what is done to each element
         part = _head(c, slice_(c, inner.args[0], -1, lo, hi))
-        return c.terms.make(inner.op, (part, *inner.args[1:]), inner.dtype, x.shape)
+        rest = [slice_(c, a, -1, lo, hi) if _is_tensor(a) else a for a in inner.args[1:]]
+        return _head(c, c.terms.make(inner.op, (part, *rest), inner.dtype, x.shape))
     rows, weight, bias = inner.args
     weight = slice_(c, weight, -2, lo, hi)
     bias = slice_(c, bias, -1, lo, hi) if isinstance(bias, Term) else bias

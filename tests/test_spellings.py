@@ -1254,6 +1254,24 @@ def loss_of_some_scaled_classes(h, w, b, y):
     return F.cross_entropy((F.linear(h, w, b) * 0.25).float()[:, :9], y.clamp(max=8))
 
 
+def loss_scaled_by_class(h, w, b, y):  # Dory
+    return F.cross_entropy(F.linear(h, w).float() * (b.float() * 2.0), y)
+
+
+def loss_scaled_by_class_before_the_upcast(h, w, b, y):
+    logits = b * F.linear(h.view(2, 3, 8), w, b)
+    return F.cross_entropy(logits.view(-1, 11).float(), y, reduction="none")
+
+
+def loss_scaled_by_class_of_some(h, w, b, y):
+    logits = (F.linear(h, w, b).view(2, 3, 11) * b).float()
+    return F.cross_entropy(logits[..., 2:9].flatten(0, 1), y.clamp(max=6))
+
+
+def loss_scaled_by_class_and_capped(h, w, b, y):
+    return F.cross_entropy(torch.tanh(F.linear(h, w).float() * b / 30.0) * 30.0, y)
+
+
 def loss_z(h, w, b, y):
     logits = F.linear(h, w, b).float()
     return F.cross_entropy(logits, y, ignore_index=3) + 1e-2 * torch.logsumexp(logits, dim=-1).square().mean()
@@ -1418,6 +1436,33 @@ def test_gradients_of_a_written_out_loss(function, dtype, autocast):
     exact = gradients(function, h.double(), w.double(), y)
     for mine, theirs, true in zip(ours, eager, exact, strict=True):
         assert mine.dtype is theirs.dtype
+        assert relative_error(mine, true) <= 1.5 * relative_error(theirs, true) + torch.finfo(theirs.dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_gradients_of_a_scale_of_classes(dtype):
+    """The weight's rows are scaled, and rounded, where the model scales and rounds logits."""
+
+    def step(h, w, s, y):
+        logits = F.linear(h, w).float() * (s.float() * 8)
+        return F.cross_entropy(logits, y), logits
+
+    def results(function, *operands):
+        operands = [x.detach().requires_grad_() for x in operands]
+        loss, logits = function(*operands, y)
+        return loss.detach(), *torch.autograd.grad(loss, operands), logits.detach().float()
+
+    h, w, s = (torch.randn(n, dtype=dtype) for n in ((64, 96), (101, 96), 101))
+    w, s, y = w / 10, s.abs(), torch.randint(101, (64,))
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=rewritten(reports := []))
+    ours, eager, exact = (
+        results(compiled, h, w, s),
+        results(step, h, w, s),
+        results(step, *(x.double() for x in (h, w, s))),
+    )
+    assert [r.counts for r in reports] == [{"linear_cross_entropy": 1}], reports
+    for mine, theirs, true in zip(ours, eager, exact, strict=True):
         assert relative_error(mine, true) <= 1.5 * relative_error(theirs, true) + torch.finfo(theirs.dtype).eps
 
 
