@@ -65,6 +65,11 @@ def gate_first(x, gate, weight, eps):
     return weight * normalize(x.float() * F.silu(gate.float()), eps).to(x.dtype)
 
 
+@gated_norm(rounding="result", gate_first=True)  # mamba_ssm's reference
+def gate_first_of_result(x, gate, weight, eps):
+    return (weight.float() * normalize(x.float() * F.silu(gate.float()), eps)).to(x.dtype)
+
+
 @gated_norm(rounding="normed", gate_first=True)  # Nemotron-H, Zamba-2
 def gate_first_in_groups(x, gate, weight, eps, groups):
     parts = (x.float() * F.silu(gate.float())).unflatten(-1, groups)

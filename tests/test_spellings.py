@@ -206,6 +206,13 @@ def gated_mamba(x, g, w):
     return w * (h * torch.rsqrt(mean_square(h) + 1e-6)).to(x.dtype)
 
 
+def gated_mamba_reference(x, g, w):
+    w, h, g = w.float(), x.float(), g.float()
+    h = h * F.silu(g)
+    rstd = 1 / torch.sqrt(h.square().mean(dim=-1, keepdim=True) + 1e-6)
+    return (h * rstd * w).to(x.dtype)
+
+
 def gated_mamba_by_exponential(x, g, w):
     g = g.float()
     h = g / (1 + torch.exp(-g)) * x.float()
