@@ -193,6 +193,11 @@ def _sink(start: fx.Node, made: list[fx.Node]) -> None:
         node = after
 
 
+def _by_mean(norm: dict[str, Any]) -> bool:
+    """Whether a norm is by sqrt(mean(x^2) + eps), as the kernels that have more to do know it."""
+    return norm["guard"] == "add" and norm["divisor"] is None
+
+
 # ---- a residual sum and a norm ------------------------------------------------------------------------------------
 
 
@@ -205,6 +210,8 @@ def _norm_then_add(norm: fx.Node) -> bool:
         return False
     residual = terms[1] if terms[0] is norm else terms[0]
     o = _operands(norm)
+    if not _by_mean(o):
+        return False
     args = (o["x"], residual, o["weight"], o["eps"], o["offset"], o["rounding"])
     return _merge([norm, total], ours.rms_norm_add.default, args, {total: None})
 
@@ -215,7 +222,7 @@ def _add_then_norm(norm: fx.Node) -> bool:
     o = _operands(norm)
     total = o["x"]
     terms = _terms(total)
-    if terms is None:
+    if terms is None or not _by_mean(o):
         return False
     args = (*terms, o["weight"], o["eps"], o["offset"], o["rounding"])
     return _merge([total, norm], ours.add_rms_norm.default, args, {norm: 0, total: 1})
@@ -226,7 +233,7 @@ def _gradient(backward: fx.Node) -> bool:
     """The gradient of a norm, the sum that it takes, the sum that takes it, and the norm that is made again."""
     o = _operands(backward)
     dx, dweight = _result(backward, 0), _result(backward, 1)
-    if dx is None or len(backward.users) > (dweight is not None) + 1:
+    if dx is None or not _by_mean(o) or len(backward.users) > (dweight is not None) + 1:
         return False
     dys, sums = _summands(o["dy"], backward, 3)
     replaced, total, dresidual = [backward, *backward.users, *sums], dx, None
@@ -294,6 +301,8 @@ def _norm_of(node: fx.Node) -> fx.Node | None:
     norm = node.args[0] if _dims(node) is not None else node
     if norm.target is not ours.rms_norm_forward.default or len(norm.users) > 1 or len(node.users) > 1:
         return None
+    if not _by_mean(_operands(norm)):
+        return None
     if norm is node:
         return norm
     o = _operands(norm)
@@ -314,7 +323,7 @@ def _norm_gradient_of(node: fx.Node | None) -> fx.Node | None:
     if backward is None or backward.target is not ours.rms_norm_backward.default:
         return None
     o = _operands(backward)
-    if o.pop("dy") is not (node if dims is None else user) or _result(backward, 0) is None:
+    if o.pop("dy") is not (node if dims is None else user) or _result(backward, 0) is None or not _by_mean(o):
         return None
     if dims is None:
         return backward
@@ -354,7 +363,8 @@ def _norm_then_rotate(rope: fx.Node) -> bool:
     norms = [_norm_of(o[name]) for name in ("q", "k", "x") if name in o]
     if None in norms or _how(norms[0]) != _how(norms[-1]):
         return False
-    (xs, weights), (_, _, *how) = _columns(norms, 2), _operands(norms[0]).values()
+    (xs, weights), norm = _columns(norms, 2), _operands(norms[0])
+    how = norm["eps"], norm["offset"], norm["rounding"]
     args = (*xs, *weights, o["cos"], o["sin"], *how, o["upcast"], o["promote"], o["contiguous"])
     results = {u: u.args[1] for u in rope.users} if "q" in o else {rope: 0}
     return _merge([*norms, *dict.fromkeys([rope, *results])], ours.norm_rope.default, args, results)
@@ -371,7 +381,8 @@ def _rotate_back_then_norm(rope: fx.Node) -> bool:
     if None in norms or _how(norms[0]) != _how(norms[-1]):
         return False
     dys = [o[name] for name in ("dq", "dk", "dy") if name in o]
-    (_, xs, weights), (_, _, _, *how, need) = _columns(norms, 3), _operands(norms[0]).values()
+    (_, xs, weights), norm = _columns(norms, 3), _operands(norms[0])
+    how, need = (norm["eps"], norm["offset"], norm["rounding"]), norm["need_dweight"]
     results = {user: i + 2 * user.args[1] for i, norm in enumerate(norms) for user in norm.users}
     args = (*dys, *[None] * (2 - len(dys)), *xs, *weights, o["cos"], o["sin"], *how, o["upcast"], need)
     replaced = dict.fromkeys([rope, *rotated, *norms, *results])

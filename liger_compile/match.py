@@ -441,7 +441,7 @@ class Matcher:
             yield from self._reassociated(p, t, state)
 
     def _reassociated(self, p: Term, t: Term, state: _State) -> Iterator[_State]:
-        """(x * y) * z is also x * (y * z), where the pattern has a product or its square or silu in the other place."""
+        """(x * y) * z is also x * (y * z), where the pattern has a product, or one with a name, in the other place."""
         for nested, z in (t.args, reversed(t.args)):
             if not (
                 isinstance(nested, Term) and nested.op == "mul" and isinstance(z, Term) and nested.dtype is t.dtype
@@ -452,7 +452,7 @@ class Matcher:
                     continue
                 regrouped = mul(Call(self.view.terms, t.dtype, t.shape), y, z)
                 for a, b in (p.args, reversed(p.args)):
-                    if isinstance(b, Term) and b.op in ("mul", "square", "silu") and regrouped.op == b.op:
+                    if isinstance(b, Term) and b.op in ("mul", "square", "silu", "unit") and regrouped.op == b.op:
                         yield from self._all([(a, x), (b, regrouped)], state, t, t.dtype)
 
     def _difference(self, p: Term, t: Term, state: _State) -> Iterator[_State]:

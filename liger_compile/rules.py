@@ -196,6 +196,8 @@ def mul(c: Call, x: Any, other: Any) -> Term:
 
 
 def _product(c: Call, x: Term, y: Any) -> Term:
+    if (unit := _unit(c, x, y)) is not None:
+        return unit
     product = elementwise(c, "mul", x, y)
     found = _written_out_gelu(product)
     return product if found is None else elementwise(c, "gelu", *found)
@@ -219,6 +221,67 @@ def _written_out_gelu(product: Term) -> tuple[Term, str] | None:
                 if _is_polynomial(product, {(1, 1): 0.5}, x, gate) and _is_polynomial(function.args[0], argument, x):
                     return x, approximate
     return None
+
+
+def _unit(c: Call, x: Term, y: Any) -> Term | None:
+    """x / max(norm(x), eps) * scale -> unit(x, "floor", eps, scale), and with "outside" x / (norm(x) + eps) * scale.
+
+    The norm is that of the last dimension, or so many times it; numbers among the factors go into the scale.
+    """
+    if not _is_tensor(y):
+        if x.op == "unit" and (times := _times(x.args[3], y)) is not None:
+            return c("unit", *x.args[:3], times)  # (x / norm(x)) * k
+        if x.op == "mul":
+            for unit, weight in (x.args, reversed(x.args)):
+                if isinstance(unit, Term) and unit.op == "unit" and _is_tensor(weight):
+                    scaled = _unit(Call(c.terms, unit.dtype, unit.shape), unit, y)
+                    return None if scaled is None else elementwise(c, "mul", scaled, weight)  # x / norm(x) * w * k
+        return None
+    for whole, inverse in ((x, y), (y, x)):
+        found = _guarded(inverse.args[0]) if inverse.op == "reciprocal" and _is_tensor(inverse.args[0]) else None
+        row, times = _without_number(_unwidened(whole))
+        if found is not None and _unwidened(row) is _unwidened(found[0]) and times > 0:
+            _, guard, eps, scale = found
+            return c("unit", whole if times == 1 else row, guard, eps, _times(scale, times))
+    return None
+
+
+def _guarded(x: Term) -> tuple[Term, str, Any, Any] | None:
+    """row, guard, eps, 1 / k of k max(norm(row), eps), or of k (norm(row) + eps), where k > 0."""
+    if not (x.op == "add" or (x.op == "clamp" and x.args[2] is None)) or _is_tensor(x.args[1]):
+        return None
+    length, times = _without_number(_unwidened(x.args[0]))
+    if length.op != "sqrt" or length.args[0].op not in ("sum", "mean") or times <= 0:
+        return None
+    squares, dim, keepdim = length.args[0].args
+    squares = _unwidened(squares)
+    if squares.op != "square" or dim != -1 or not keepdim:
+        return None
+    row, eps = squares.args[0], x.args[1]
+    if length.args[0].op == "mean":
+        if not isinstance(size(row, -1), int):
+            return None
+        times *= size(row, -1) ** -0.5
+    if times != 1 and not isinstance(eps, (int, float)):
+        return None
+    return row, "floor" if x.op == "clamp" else "outside", eps if times == 1 else eps / times, 1 / times
+
+
+def _without_number(x: Term) -> tuple[Term, float]:
+    """y, k where x is y times a number k."""
+    times = 1.0
+    while x.op == "mul" and (k := _times(times, x.args[1])) is not None and isinstance(k, float):
+        x, times = x.args[0], k
+    return x, times
+
+
+def _times(scale: Any, k: Any) -> Any:
+    """scale * k of numbers, one of which is 1 if the other is not known before the graph runs; else None."""
+    if isinstance(k, Term) and k.op == "reciprocal" and isinstance(k.args[0], (int, float)) and k.args[0] != 0:
+        k = 1 / k.args[0]
+    if isinstance(k, (int, float)) and isinstance(scale, (int, float)):
+        return float(scale * k)
+    return k if same(scale, 1) and not _is_tensor(k) else None
 
 
 def _factors(product: Term) -> Iterator[Term]:
@@ -445,8 +508,17 @@ def norm(c: Call, x: Term, p: Any = 2, dim: Any = None, keepdim: Any = False, *,
     if not (same(p, 2) or p is None) or not (ord is None or same(ord, 2)):
         raise NotCanonical("is not the 2-norm")
     inner = Call(c.terms, c.dtype, c.shape)
+    x = cast(c, x, c.dtype) if c.dtype is not None and x.is_float else x  # by autocast
     squares = c.step("square", x, like=x)
     return elementwise(c, "sqrt", _reduce(inner, "sum", squares, dim, keepdim, dtype))  # norm(x) -> sqrt(sum(x^2))
+
+
+@rule("normalize")
+def _normalize(c: Call, x: Term, p: Any = 2.0, dim: Any = 1, eps: Any = 1e-12, out: Any = None) -> Term:
+    if out is not None or not isinstance(dim, int):
+        raise NotCanonical("writes its result somewhere, or normalises several dimensions at once")
+    length = norm(Call(c.terms, x.dtype if c.dtype is None else c.dtype), x, p, dim, True)
+    return mul(c, x, c.step("reciprocal", c.step("clamp", length, eps, None, like=length), like=length))
 
 
 @rule("log_softmax")

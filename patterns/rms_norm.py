@@ -1,11 +1,13 @@
 """RMS normalisation, in the spellings that differ in where values are rounded."""
 
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from liger_compile import ops
+from liger_compile.graph_terms import call_name
 from liger_compile.match import Match
 from liger_compile.registry import pattern
 
@@ -31,7 +33,7 @@ def examples(make, rows):
     yield {"x": make(2, 3, rows, 33), "weight": make(33), "eps": 1e-5}
 
 
-def rms_pattern(**fixed):
+def rms_pattern(check=check, **fixed):
     op = partial(ops.rms_norm, **fixed)
     return pattern(replace=op, check=check, name="rms_norm", recompute=True, examples=examples)
 
@@ -74,3 +76,85 @@ def factor_cast(x, eps):
 @rms_pattern(rounding="result")  # torch.nn.RMSNorm, with or without a weight
 def functional(x, weight, eps):
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def to_length_one(x, eps):
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+@rms_pattern(rounding="normed", divisor=1.0)
+def length_one_then_weight(x, weight, eps):
+    return weight * to_length_one(x, eps)
+
+
+READ_FROM_MEMORY = {
+    *("linear", "matmul", "mm", "bmm", "einsum", "conv1d", "scaled_dot_product_attention"),
+    *("chunk", "split", "unbind", "getitem", "view_as_complex"),  # RoPE
+}
+PASSED_ON = {"view", "reshape", "flatten", "unflatten", "transpose", "permute", "unsqueeze", "to", "float", "type_as"}
+
+
+def check_without_weight(match: Match) -> str | None:
+    """Where only element-wise code reads the result, Inductor has it in registers, and a kernel costs a pass more."""
+    todo = list(match.view.carriers[match.roots[0]])
+    while todo:
+        for user in todo.pop().users:
+            name = call_name(user.target)
+            if user.op == "output" or name in READ_FROM_MEMORY:
+                return check(match)
+            if name in PASSED_ON:
+                todo.append(user)
+    return "only element-wise code reads the result, which Inductor computes in the same pass"
+
+
+@rms_pattern(check_without_weight, rounding="result", weight=None, divisor=1.0)  # nGPT, delta rules
+def length_one(x, eps):
+    return to_length_one(x, eps)
+
+
+# ---- by the length of x, as F.normalize has it --------------------------------------------------------------------
+
+Guard = Literal["floor", "outside"]
+
+
+def unit(x, eps, scale, guard):
+    h = x.float()
+    length = h.norm(dim=-1, keepdim=True)
+    return h / (length.clamp(min=eps) if guard == "floor" else length + eps) * scale
+
+
+def to_length(x, eps, scale, *, rounding, guard, weight=None, offset=0.0):
+    return ops.rms_norm(x, weight, eps / scale, offset, rounding, guard, float(scale) ** 2)
+
+
+def check_unit(match: Match) -> str | None:
+    for name in ("eps", "scale"):
+        if not isinstance(number := match.captures[name], (int, float)) or number <= 0:
+            return f"the {name} {number} is no positive number that is known beforehand"
+    return check(match) if "weight" in match.captures else check_without_weight(match)
+
+
+def unit_examples(make, rows):
+    for operands in examples(make, rows):
+        yield {**operands, "scale": 3.0}
+
+
+def unit_pattern(**fixed):
+    op = partial(to_length, **fixed)
+    return pattern(replace=op, check=check_unit, name="rms_norm", recompute=True, examples=unit_examples)
+
+
+@unit_pattern(rounding="normed")  # x-transformers
+def unit_then_weight(x, weight, eps: float, scale: float, *, guard: Guard):
+    return weight * unit(x, eps, scale, guard).to(x.dtype)
+
+
+@unit_pattern(rounding="normed", offset=1.0)
+def unit_then_one_plus_weight(x, weight, eps: float, scale: float, *, guard: Guard):
+    return (1.0 + weight) * unit(x, eps, scale, guard).to(x.dtype)
+
+
+@unit_pattern(rounding="result")
+def unit_alone(x, eps: float, scale: float, *, guard: Guard):
+    return unit(x, eps, scale, guard).to(x.dtype)

@@ -247,8 +247,10 @@ def test_heads_whose_norm_is_used_again_are_not_fused():
         lambda x, r, w: (lambda y: (r + y, y))(norm(x, w)),
         lambda x, r, w: r.relu() + norm(x, w),
         lambda x, r, w: norm(x, w) + r[:, :1],
+        lambda x, r, w: torch.nn.functional.normalize(x + r, dim=-1) * 4.0 * w,
+        lambda x, r, w: r + torch.nn.functional.normalize(x, dim=-1) * 4.0 * w,
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_not_fused(function):
     forward, _ = fusions(function, some(2, 6, 16), some(2, 6, 16), some(16))

@@ -117,6 +117,20 @@ def test_rms_norm(dtype, rounding):
             compare(RMS_BACKWARD, (dy, x, w, 1e-6, offset, rounding, w is not None), scatter_rows=1)
 
 
+@pytest.mark.parametrize("guard", ["add", "floor", "outside"])
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+def test_rms_norm_by_length(dtype, guard):
+    """Rows of zeros, and rows shorter than eps, beside others."""
+    for x in layouts(dtype):
+        x = x * torch.tensor(0.0 if x.shape[-2] == 1 else 1.0, dtype=dtype)
+        x.select(-2, -1).mul_(1e-3)
+        w, dy = small(dtype, x.shape[-1]), small(dtype, *x.shape)
+        for weight, divisor in ((w, None), (None, 1.0), (w, 3.0)):
+            how = guard, divisor
+            compare(RMS, (x, weight, 0.1, 0.0, "result", *how), scatter_rows=1)
+            compare(RMS_BACKWARD, (dy, x, weight, 0.1, 0.0, "result", weight is not None, *how), scatter_rows=1)
+
+
 def summed_gradients(functions, count):
     """`backward_add` of `count` gradients, as a function of tensors alone."""
     return tuple(lambda *args, f=f: f(list(args[:count]), *args[count:]) for f in functions)
@@ -505,6 +519,20 @@ def test_rms_norm_at_size(dtype, rows, width):
     for rounding, offset in (("normed", 0.0), ("result", 1.0)):
         compare(RMS, (x, w, 1e-6, offset, rounding), rows)
         compare(RMS_BACKWARD, (dy, x, w, 1e-6, offset, rounding, True), rows)
+
+
+@gpu
+@pytest.mark.parametrize("rows, width", [(16384, 4096), (65536, 128), (2048, 16384), (4095, 5119)])
+@pytest.mark.parametrize("guard, divisor", [("add", 1.0), ("floor", None), ("floor", 1.0), ("outside", None)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm_by_length_at_size(dtype, guard, divisor, rows, width):
+    x, w, dy = real(dtype, rows, width), real(dtype, width), real(dtype, rows, width)
+    x[::7] *= 1e-5
+    x[::11] = 0
+    for weight in (w, None):
+        compare(RMS, (x, weight, 1e-3, 0.0, "normed", guard, divisor), rows)
+        need = weight is not None
+        compare(RMS_BACKWARD, (dy, x, weight, 1e-3, 0.0, "normed", need, guard, divisor), rows)
 
 
 @gpu

@@ -67,11 +67,14 @@ SAMPLES = {
         lambda: ((fixed(4, 8), some(8), 1e-6), {}),
         lambda: ((some(4, 8), fixed(8), 1e-6), {}),
         lambda: ((some(0, 8), some(8), 1e-6), {}),
+        lambda: ((some(4, 8), some(8), 1e-6), {"guard": "floor", "divisor": 1.0}),
+        lambda: ((half(4, 8), None, 1e-6), {"guard": "outside"}),
     ],
     "rms_norm_backward": [
         lambda: ((fixed(4, 8), fixed(4, 8), fixed(8), 1e-6, 0.0, "normed", True), {}),
         lambda: ((fixed(4, 8), fixed(4, 8), fixed(8), 1e-6, 1.0, "result", False), {}),
         lambda: ((fixed(4, 8), fixed(8, 4).t(), None, 1e-6, 0.0, "factor", False), {}),
+        lambda: ((fixed(4, 8), fixed(4, 8), fixed(8), 1e-6, 0.0, "normed", True, "floor", 2.0), {}),
     ],
     "add_rms_norm": [
         lambda: ((fixed(4, 8), fixed(4, 8), fixed(8), 1e-6, 0.0, "normed"), {}),
@@ -320,6 +323,7 @@ Y = torch.tensor([1, 2, -100, 4])
 ERRORS = [
     (lambda: ops.rms_norm(some(4, 8), some(7), 1e-6), r"rms_norm: weight has shape \(7,\), x needs \[8\]"),
     (lambda: ops.rms_norm(some(4, 8), some(4, 8), 1e-6), r"rms_norm: weight has shape \(4, 8\), x needs \[8\]"),
+    (lambda: ops.rms_norm(some(4, 8), some(8), 1e-6, guard="max"), r"guard is one of .*'floor'.*, not 'max'"),
     (lambda: ops.rms_norm(some(4, 8), some(8), 1e-6, 0.0, "late"), r"rounding is one of .*'normed'.*, not 'late'"),
     (
         lambda: OPS.norm_rope(

@@ -124,12 +124,71 @@ def norm_functional_without_weight(x, w):
     return torch.rms_norm(x, [x.shape[-1]], eps=1e-6) * w[0]
 
 
+def norm_of_normalize(x, w):  # x-transformers
+    return F.normalize(x, dim=-1) * x.shape[-1] ** 0.5 * w
+
+
+def norm_of_normalize_zero_centred(x, w):
+    return F.normalize(x, p=2.0, dim=x.ndim - 1, eps=1e-6) * (w + 1) * 4
+
+
+def norm_of_normalize_weight_scaled(x, w):
+    return w * 16**0.5 * F.normalize(x.float(), dim=-1).type_as(x)
+
+
+def norm_of_clamped_length(x, w):
+    return x / (x.norm(dim=-1, keepdim=True) * 16**-0.5).clamp(min=1e-8) * w
+
+
+def norm_by_length_and_eps(x, w):  # the authors' own
+    return w * (x / (x.norm(2, dim=-1, keepdim=True) * 16**-0.5 + 1e-8))
+
+
+def norm_to_length_one(x, w):
+    return F.normalize(x, dim=-1) @ w
+
+
+def norm_by_sum(x, w):  # nGPT
+    h = x.float()
+    return F.linear((h * torch.rsqrt(h.pow(2).sum(-1, keepdim=True) + 1e-6)).type_as(x), w[None])
+
+
+def norm_by_sum_with_weight(x, w):
+    return w * (x * torch.rsqrt(x.pow(2).sum(-1, True) + 1e-6))
+
+
+def norm_by_sum_of_heads(x, w):
+    h = x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + 1e-6)
+    return h.view(3, 1, 5, 16).transpose(1, 2)[..., 8:] * w[8:]
+
+
 def norm_in_double_dropout_of_zero(x, w):
     h = F.dropout(x, 0.0, training=True).contiguous().float()
     return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 NORMS = [f for name, f in list(globals().items()) if name.startswith("norm_")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("function", [f for f in NORMS if re.search("length|normalize|sum", f.__name__)])
+def test_gradients_of_norms_by_length(function, dtype):
+    """Of long rows, of short ones, and of one that is zero."""
+
+    def results(function, dtype):
+        operands = [t.detach().to(dtype).requires_grad_() for t in (x, w)]
+        y = function(*operands)
+        return y.detach(), *torch.autograd.grad(y, operands, dy.to(dtype)[: y.numel()].view(y.shape))
+
+    x, w, dy = torch.randn(3, 5, 16, dtype=dtype), torch.randn(16, dtype=dtype), torch.randn(240, dtype=dtype)
+    x = x * torch.tensor([1e-3, 1e4, 1.0, 30.0, 0.0], dtype=dtype)[:, None]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=rewritten(reports := []))
+    ours, eager, exact = results(compiled, dtype), results(function, dtype), results(function, torch.float64)
+    assert [r.counts for r in reports] == [{"rms_norm": 1}], reports
+    for mine, theirs, true in zip(ours, eager, exact, strict=True):
+        assert mine.dtype is theirs.dtype
+        assert relative_error(mine, true) <= 1.5 * relative_error(theirs, true) + torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -1614,7 +1673,9 @@ NEAR_MISSES = [
     ("rms_norm", r"-2.*where the pattern has -1", lambda x, w: normed(x, w, dim=-2), (X, W)),
     ("rms_norm", r"pow\(l_x, 3\).*square", lambda x, w: normed(x, w, power=3), (X, W)),
     ("rms_norm", r"abs\(l_x\).*square", lambda x, w: w * (x * torch.rsqrt(x.abs().mean(-1, True) + 1e-6)), (X, W)),
-    ("rms_norm", r"sum.*mean", lambda x, w: w * (x * torch.rsqrt(x.pow(2).sum(-1, True) + 1e-6)), (X, W)),
+    ("rms_norm", r"only element-wise code reads", lambda x, w: F.normalize(x, dim=-1).sigmoid() * w, (X, W)),
+    ("rms_norm", r"only element-wise code reads", lambda x, w: (x * torch.rsqrt(x.pow(2).sum(-1, True) + 1e-6)).transpose(1, 2).contiguous() * 2, (X, W)),
+    ("rms_norm", r"the scale .* is no positive number", lambda x, w: F.normalize(x, dim=-1) * -4.0 * w, (X, W)),
     ("rms_norm", r"sqrt.*rsqrt", lambda x, w: w * (x * torch.sqrt(x.pow(2).mean(-1, True) + 1e-6)), (X, W)),
     ("rms_norm", r"mean.*add", lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, True))), (X, W)),
     ("rms_norm", r"sub.*add|LayerNorm", lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, True) - 1e-6)), (X, W)),

@@ -15,6 +15,8 @@ from .layout import least, multiprocessors, rows
 
 NORMED, RESULT, FACTOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _ROUNDINGS = {"normed": 0, "result": 1, "factor": 2}
+ADD, FLOOR = tl.constexpr(0), tl.constexpr(1)
+_GUARDS = {"add": 0, "floor": 1, "outside": 2}
 
 
 @triton.jit
@@ -34,6 +36,25 @@ def _scale(w_ptr, cols, n_cols, offset, ROUNDING: tl.constexpr, HAS_WEIGHT: tl.c
     else:
         s = tl.full(cols.shape, 1.0, tl.float32)
     return s[None, :]
+
+
+@triton.jit
+def _factor(square, n, eps, GUARD: tl.constexpr):
+    """What rows are multiplied by, [rows, 1], of their sums of x^2; and by what their gradients lie along them: what
+    `mean` in `_gradient` is a multiple of."""
+    eps = tl.cast(eps, tl.float32)
+    if GUARD == ADD:
+        factor = tl.rsqrt(square / n + eps)
+        slope = factor
+    else:
+        rms = tl.sqrt(square / n)
+        if GUARD == FLOOR:
+            factor = 1.0 / tl.where(rms < eps, eps, rms)  # a NaN stays one
+            slope = tl.where(rms < eps, 0.0, factor)
+        else:
+            factor = 1.0 / (rms + eps)
+            slope = tl.where(rms == 0.0, 0.0, 1.0 / rms)
+    return factor[:, None], slope[:, None]
 
 
 @triton.jit
@@ -67,6 +88,8 @@ def _rms_norm(
     y2,
     eps,
     offset,
+    divisor,
+    GUARD: tl.constexpr,
     ROUNDING: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     ADD_AFTER: tl.constexpr,
@@ -92,7 +115,8 @@ def _rms_norm(
         _store(h_ptr, x_at, within, cols, n_cols, raw)
     scale = _scale(w_ptr, cols, n_cols, offset, ROUNDING, HAS_WEIGHT)  # before the sum, which loads do not pass
     x = raw.to(tl.float32)
-    factor = tl.rsqrt(tl.sum(x * x, axis=1) / n_cols + tl.cast(eps, tl.float32))[:, None]
+    n = n_cols if divisor is None else tl.cast(divisor, tl.float32)
+    factor, _slope = _factor(tl.sum(x * x, axis=1), n, eps, GUARD)
     if ROUNDING == FACTOR:
         factor = factor.to(raw.dtype).to(tl.float32)
     y = x * factor
@@ -171,6 +195,8 @@ def _rms_norm_backward(
     o2,
     eps,
     offset,
+    divisor,
+    GUARD: tl.constexpr,
     ROUNDING: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     NEED_DWEIGHT: tl.constexpr,
@@ -192,6 +218,7 @@ def _rms_norm_backward(
     written again, for the weight gradients that follow. Each is one more access per element, in place of two or three
     in a kernel of its own. They are of the layout of dy or dx.
     """
+    n = n_cols if divisor is None else tl.cast(divisor, tl.float32)
     cols = tl.arange(0, BLOCK_COLS)
     scale = _scale(w_ptr, cols, n_cols, offset, ROUNDING, HAS_WEIGHT)
     dw = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
@@ -218,8 +245,8 @@ def _rms_norm_backward(
             square_rest, along_rest = _sums(raw_rest, dy_rest, scale_rest)
             square += square_rest
             along += along_rest
-        factor = tl.rsqrt(square / n_cols + tl.cast(eps, tl.float32))[:, None]
-        mean = factor * along[:, None] / n_cols
+        factor, slope = _factor(square, n, eps, GUARD)
+        mean = slope * along[:, None] / n
         share = _gradient(
             *(dx_ptr, dr_ptr, y_ptr, dx_at, within, cols, n_cols),
             *(raw, dy, scale, factor, mean, ROUNDING),
@@ -351,6 +378,8 @@ def _run_forward(
     rounding: str,
     y: Tensor,
     h: Tensor | None,
+    guard: str = "add",
+    divisor: float | None = None,
 ) -> None:
     """Writes y, and h = x + residual if there is one; else a residual is added to y."""
     if x.numel() == 0:
@@ -377,6 +406,8 @@ def _run_forward(
         *ys,
         eps,
         offset,
+        divisor,
+        GUARD=_GUARDS[guard],
         ROUNDING=_ROUNDINGS[rounding],
         HAS_WEIGHT=weight is not None,
         ADD_AFTER=residual is not None and h is None,
@@ -388,9 +419,17 @@ def _run_forward(
         y.copy_(out)
 
 
-def forward(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, rounding: str = "normed") -> Tensor:
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    rounding: str = "normed",
+    guard: str = "add",
+    divisor: float | None = None,
+) -> Tensor:
     y = torch.empty_like(x, dtype=out_dtype(x, weight, rounding))
-    _run_forward(x, None, weight, eps, offset, rounding, y, None)
+    _run_forward(x, None, weight, eps, offset, rounding, y, None, guard, divisor)
     return y
 
 
@@ -418,6 +457,8 @@ def _run_backward(
     rounding: str,
     need_dweight: bool,
     y: Tensor | None,
+    guard: str = "add",
+    divisor: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dx, dweight), and y is written again if there is one."""
     dx = torch.empty_like(x)
@@ -458,6 +499,8 @@ def _run_backward(
         *os,
         eps,
         offset,
+        divisor,
+        GUARD=_GUARDS[guard],
         ROUNDING=_ROUNDINGS[rounding],
         HAS_WEIGHT=weight is not None,
         NEED_DWEIGHT=need_dweight,
@@ -476,9 +519,17 @@ def _run_backward(
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, offset: float, rounding: str, need_dweight: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    offset: float,
+    rounding: str,
+    need_dweight: bool,
+    guard: str = "add",
+    divisor: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _run_backward((dy,), x, weight, None, eps, offset, rounding, need_dweight, None)
+    return _run_backward((dy,), x, weight, None, eps, offset, rounding, need_dweight, None, guard, divisor)
 
 
 def backward_add(

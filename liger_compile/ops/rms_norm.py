@@ -1,6 +1,6 @@
 """RMS normalisation over the last dimension: `y = x / sqrt(mean(x^2) + eps) * (offset + weight)`.
 
-`rms_norm(x, weight, eps, offset=0.0, rounding="normed") -> y`
+`rms_norm(x, weight, eps, offset=0.0, rounding="normed", guard="add", divisor=None) -> y`
 
 - x: [..., H], float32, bfloat16 or float16, any strides; weight: [H] or None.
 - The statistics and products are float32. `rounding` says where values are rounded to x's dtype, as models differ:
@@ -8,6 +8,13 @@
   - "normed": the normalised x, before the weight (Llama). y has the promoted dtype of x and weight.
   - "result": the product with the weight (Gemma, OLMo 2). y has x's dtype.
   - "factor": 1 / sqrt(...) and the products, all in x's dtype (DeepSeek-V4). y has the promoted dtype.
+
+- `divisor` stands for H in mean(x^2) = sum(x^2) / H. 1 makes rows of length 1.
+- `guard` says how eps keeps rows of zeros finite: x is multiplied by
+
+  - "add": 1 / sqrt(mean(x^2) + eps).
+  - "floor": 1 / max(rms, eps), where rms = sqrt(mean(x^2)). Rows under the floor are x / eps, a constant factor.
+  - "outside": 1 / (rms + eps). The gradient of the rms of a row of zeros is zero.
 
 - y has x's strides, made dense. Gradients: dx in x's dtype; dweight is summed in float32, then rounded once.
 
@@ -31,28 +38,56 @@ from torch import Tensor
 from ._library import Launcher, define, define_forward, dense_like, once_differentiable
 
 ROUNDINGS = ("normed", "result", "factor")
+GUARDS = ("add", "floor", "outside")
 
 
-def _check(x: Tensor, weight: Tensor | None, rounding: str) -> None:
+def _check(x: Tensor, weight: Tensor | None, rounding: str, guard: str) -> None:
     if weight is not None and (weight.ndim != 1 or weight.shape[0] != x.shape[-1]):
         raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, x needs [{x.shape[-1]}]")
     if rounding not in ROUNDINGS:
         raise ValueError(f"rms_norm: rounding is one of {ROUNDINGS}, not {rounding!r}")
+    if guard not in GUARDS:
+        raise ValueError(f"rms_norm: guard is one of {GUARDS}, not {guard!r}")
 
 
 def out_dtype(x: Tensor, weight: Tensor | None, rounding: str) -> torch.dtype:
     return x.dtype if weight is None or rounding == "result" else torch.promote_types(x.dtype, weight.dtype)
 
 
-def _fake(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, rounding: str = "normed") -> Tensor:
-    _check(x, weight, rounding)
+def _factor(h: Tensor, eps: float, guard: str, divisor: float | None) -> Tensor:
+    """What each row is multiplied by. Its length, not a root, where that may be one of zero: torch's has a gradient."""
+    n = h.shape[-1] if divisor is None else divisor
+    if guard == "add":
+        return torch.rsqrt(h.square().sum(-1, keepdim=True) / n + eps)
+    rms = torch.linalg.vector_norm(h, dim=-1, keepdim=True) / n**0.5
+    return 1 / (rms.clamp(min=eps) if guard == "floor" else rms + eps)
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    rounding: str = "normed",
+    guard: str = "add",
+    divisor: float | None = None,
+) -> Tensor:
+    _check(x, weight, rounding, guard)
     return torch.empty_like(x, dtype=out_dtype(x, weight, rounding))
 
 
-def _reference(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, rounding: str = "normed") -> Tensor:
-    _check(x, weight, rounding)
+def _reference(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    rounding: str = "normed",
+    guard: str = "add",
+    divisor: float | None = None,
+) -> Tensor:
+    _check(x, weight, rounding, guard)
     h = x.float() if x.dtype is not torch.float64 else x
-    factor = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    factor = _factor(h, eps, guard, divisor)
     y = x * factor.to(x.dtype) if rounding == "factor" else h * factor
     if rounding == "normed":
         y = y.to(x.dtype)
@@ -62,20 +97,40 @@ def _reference(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0
 
 
 def _backward_fake(
-    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, offset: float, rounding: str, need_dweight: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    offset: float,
+    rounding: str,
+    need_dweight: bool,
+    guard: str = "add",
+    divisor: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(0) if not need_dweight else torch.empty_like(weight)
 
 
 def _backward_reference(
-    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, offset: float, rounding: str, need_dweight: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    offset: float,
+    rounding: str,
+    need_dweight: bool,
+    guard: str = "add",
+    divisor: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(torch.float32, x.dtype)
     h, g = x.to(wide), dy.to(wide)
-    factor = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    n = h.shape[-1] if divisor is None else divisor
+    factor = slope = _factor(h, eps, guard, divisor)
+    if guard != "add":
+        rms = torch.linalg.vector_norm(h, dim=-1, keepdim=True) / n**0.5
+        slope = torch.where(rms < eps, 0, factor) if guard == "floor" else torch.where(rms == 0, 0, 1 / rms)
     normed = h * factor
     dnormed = g if weight is None else g * (offset + weight.to(wide))
-    dx = factor * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))
+    dx = factor * (dnormed - normed * slope * (dnormed * h).sum(-1, keepdim=True) / n)
     dx = dense_like(dx.to(x.dtype), x)
     if not need_dweight:
         return dx, x.new_empty(0)
@@ -161,14 +216,15 @@ def _backward_add_reference(
 
 
 rms_norm_forward, rms_norm = define_forward(
-    'rms_norm(Tensor x, Tensor? weight, float eps, float offset=0.0, str rounding="normed") -> Tensor',
+    'rms_norm(Tensor x, Tensor? weight, float eps, float offset=0.0, str rounding="normed", str guard="add",'
+    " float? divisor=None) -> Tensor",
     _reference,
     _fake,
     Launcher("rms_norm", "forward"),
 )
 rms_norm_backward = define(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps, float offset, str rounding, bool need_dweight)"
-    " -> (Tensor, Tensor)",
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps, float offset, str rounding, bool need_dweight,"
+    ' str guard="add", float? divisor=None) -> (Tensor, Tensor)',
     _backward_reference,
     _backward_fake,
     Launcher("rms_norm", "backward"),
@@ -197,15 +253,16 @@ rms_norm_backward_add = define(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.eps, ctx.offset, ctx.rounding = inputs
+    x, weight, ctx.eps, ctx.offset, ctx.rounding, ctx.guard, ctx.divisor = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
     need_dweight = weight is not None and ctx.needs_input_grad[1]
-    dx, dweight = rms_norm_backward(dy, x, weight, ctx.eps, ctx.offset, ctx.rounding, need_dweight)
-    return dx, dweight if need_dweight else None, None, None, None
+    how = ctx.eps, ctx.offset, ctx.rounding, need_dweight, ctx.guard, ctx.divisor
+    dx, dweight = rms_norm_backward(dy, x, weight, *how)
+    return dx, dweight if need_dweight else None, *(None,) * 5
 
 
 torch.library.register_autograd(rms_norm_forward.name(), _backward, setup_context=_setup)
