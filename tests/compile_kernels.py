@@ -59,6 +59,9 @@ def main() -> None:
             rms_norm.add_forward(x, x, w, 1e-6, 1.0, rounding)
             rms_norm.forward_add(x, x, w, 1e-6, 1.0, rounding)
             rms_norm.backward_add([x, x, x], x, w, x, 1e-6, 1.0, rounding, True, True)
+        for guard in ("floor", "outside"):
+            rms_norm.forward(x, w, 1e-6, 0.0, "normed", guard, 2.0)
+            rms_norm.backward(x, x, w, 1e-6, 0.0, "normed", True, guard, 2.0)
         wide = torch.randn(4, 16384).to(dtype)
         for n in (x, wide):
             for how in (("silu", False, "normed", None), ("sigmoid", True, "result", [2, n.shape[-1] // 2])):
