@@ -10,6 +10,7 @@ from liger_compile import ops
 from liger_compile.graph_terms import call_name
 from liger_compile.match import Match
 from liger_compile.registry import pattern
+from liger_compile.terms import Term
 
 
 def normalize(x, eps):
@@ -128,10 +129,20 @@ def to_length(x, eps, scale, *, rounding, guard, weight=None, offset=0.0):
     return ops.rms_norm(x, weight, eps / scale, offset, rounding, guard, float(scale) ** 2)
 
 
+def is_scaled(reader: Term, root: Term) -> bool:
+    """Whether what reads a result is the same norm to another length."""
+    factors = (reader,) if reader.op == "unit" else reader.args if reader.op == "mul" else ()
+    return any(isinstance(f, Term) and f.op == "unit" and f is not root for f in factors)
+
+
 def check_unit(match: Match) -> str | None:
     for name in ("eps", "scale"):
         if not isinstance(number := match.captures[name], (int, float)) or number <= 0:
             return f"the {name} {number} is no positive number that is known beforehand"
+    root = match.roots[0]
+    readers = [match.view.of.get(user) for node in match.view.carriers[root] for user in node.users]
+    if readers and all(t is not None and is_scaled(t, root) for t in readers):
+        return "is scaled by a number behind, and matched with that"
     return check(match) if "weight" in match.captures else check_without_weight(match)
 
 
@@ -143,6 +154,11 @@ def unit_examples(make, rows):
 def unit_pattern(**fixed):
     op = partial(to_length, **fixed)
     return pattern(replace=op, check=check_unit, name="rms_norm", recompute=True, examples=unit_examples)
+
+
+@unit_pattern(rounding="result")
+def unit_times_weight(x, weight, eps: float, scale: float, *, guard: Guard):
+    return (weight * unit(x, eps, scale, guard)).to(x.dtype)
 
 
 @unit_pattern(rounding="normed")  # x-transformers

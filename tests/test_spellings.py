@@ -132,6 +132,14 @@ def norm_of_normalize_zero_centred(x, w):
     return F.normalize(x, p=2.0, dim=x.ndim - 1, eps=1e-6) * (w + 1) * 4
 
 
+def norm_of_normalize_scaled_at_last(x, w):
+    return F.normalize(x, dim=-1) * w * 4.0
+
+
+def norm_of_normalize_then_cast(x, w):
+    return (F.normalize(x.float(), dim=-1) * 4.0 * w).to(x.dtype)
+
+
 def norm_of_normalize_weight_scaled(x, w):
     return w * 16**0.5 * F.normalize(x.float(), dim=-1).type_as(x)
 
