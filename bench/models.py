@@ -22,6 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+from liger_compile.options import CHOICES, Options
+
 from . import common
 
 CASES: dict[str, dict[str, Any]] = {
@@ -214,7 +216,7 @@ def contenders(
     for mode in modes:
         made[f"Inductor, {mode}"] = functools.partial(compiled, mode == "model")
         for kept in memory:
-            name = f"liger_compile, {mode}" + (f", {kept}" if kept != "balanced" else "")
+            name = f"liger_compile, {mode}" + (f", {kept}" if kept != Options.memory else "")
             made[name] = functools.partial(compiled, mode == "model", backend="liger", options={"liger.memory": kept})
     return made
 
@@ -272,7 +274,7 @@ def main() -> None:
     real = [name for name in CASES if not name.startswith("tiny")]
     parser.add_argument("cases", nargs="*", default=real, choices=list(CASES))
     parser.add_argument("--modes", nargs="*", default=["model", "loss"], choices=["model", "loss"])
-    parser.add_argument("--memory", nargs="*", default=["balanced"], choices=["speed", "balanced", "lean"])
+    parser.add_argument("--memory", nargs="*", default=[Options.memory], choices=CHOICES["memory"])
     parser.add_argument("--only", default="", help="contenders with this in their name")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=None)

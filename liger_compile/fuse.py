@@ -363,8 +363,8 @@ def _norm_then_rotate(rope: fx.Node) -> bool:
     norms = [_norm_of(o[name]) for name in ("q", "k", "x") if name in o]
     if None in norms or _how(norms[0]) != _how(norms[-1]):
         return False
-    (xs, weights), norm = _columns(norms, 2), _operands(norms[0])
-    how = norm["eps"], norm["offset"], norm["rounding"]
+    (xs, weights), first = _columns(norms, 2), _operands(norms[0])
+    how = first["eps"], first["offset"], first["rounding"]
     args = (*xs, *weights, o["cos"], o["sin"], *how, o["upcast"], o["promote"], o["contiguous"])
     results = {u: u.args[1] for u in rope.users} if "q" in o else {rope: 0}
     return _merge([*norms, *dict.fromkeys([rope, *results])], ours.norm_rope.default, args, results)
@@ -381,8 +381,8 @@ def _rotate_back_then_norm(rope: fx.Node) -> bool:
     if None in norms or _how(norms[0]) != _how(norms[-1]):
         return False
     dys = [o[name] for name in ("dq", "dk", "dy") if name in o]
-    (_, xs, weights), norm = _columns(norms, 3), _operands(norms[0])
-    how, need = (norm["eps"], norm["offset"], norm["rounding"]), norm["need_dweight"]
+    (_, xs, weights), first = _columns(norms, 3), _operands(norms[0])
+    how, need = (first["eps"], first["offset"], first["rounding"]), first["need_dweight"]
     results = {user: i + 2 * user.args[1] for i, norm in enumerate(norms) for user in norm.users}
     args = (*dys, *[None] * (2 - len(dys)), *xs, *weights, o["cos"], o["sin"], *how, o["upcast"], need)
     replaced = dict.fromkeys([rope, *rotated, *norms, *results])

@@ -239,9 +239,11 @@ def _unit(c: Call, x: Term, y: Any) -> Term | None:
         return None
     for whole, inverse in ((x, y), (y, x)):
         found = _guarded(inverse.args[0]) if inverse.op == "reciprocal" and _is_tensor(inverse.args[0]) else None
+        if found is None:
+            continue
+        normed, guard, eps, scale = found
         row, times = _without_number(_unwidened(whole))
-        if found is not None and _unwidened(row) is _unwidened(found[0]) and times > 0:
-            _, guard, eps, scale = found
+        if _unwidened(row) is _unwidened(normed) and times > 0:
             return c("unit", whole if times == 1 else row, guard, eps, _times(scale, times))
     return None
 
@@ -889,10 +891,10 @@ def _flat(x: Term) -> Term:
 
 def _is_logsumexp(c: Call, total: Term, x: Term) -> bool:
     """Whether this is that of each row of x, which broadcasts."""
-    lse = _flat(total)
-    if c.shape is None or lse.op != "logsumexp" or not _has_rows(_unwidened(x)):
+    lse, x = _flat(total), _unwidened(x)
+    if c.shape is None or lse.op != "logsumexp" or not _has_rows(x):
         return False
-    return same(total.shape, (*x.shape[:-1], 1)) and _unwidened(lse.args[0]) is _flat_rows(c, _unwidened(x))
+    return same(total.shape, (*x.shape[:-1], 1)) and _unwidened(lse.args[0]) is _flat_rows(c, x)
 
 
 def _is_maximum(m: Term, x: Term) -> bool:
@@ -1203,12 +1205,12 @@ def _head(c: Call, x: Term) -> Term:
     """Some columns of a linear layer's output -> the output of a linear layer with some rows of its weight; scaled by
     class, with scaled rows of it, which are rounded in place of the outputs."""
     if x.op == "mul" and _is_tensor(x.args[1]):
-        layer, scale = _head(c, x.args[0]), x.args[1]
-        if _unwidened(layer).op != "linear":
+        layer, scale = _unwidened(_head(c, x.args[0])), x.args[1]
+        if layer.op != "linear":
             return x
-        rows, *weights = _unwidened(layer).args
+        rows, *weights = layer.args
         scaled = [w if w is None else c.terms.make("by_class", (w, scale), w.dtype, w.shape) for w in weights]
-        return cast(c, c.terms.make("linear", (rows, *scaled), _unwidened(layer).dtype, x.shape), x.dtype)
+        return cast(c, c.terms.make("linear", (rows, *scaled), layer.dtype, x.shape), x.dtype)
     if x.op in ("cast", "mul", "tanh") and isinstance(x.args[0], Term):
         inner = _head(c, x.args[0])
         return x if inner is x.args[0] else c.terms.make(x.op, (inner, *x.args[1:]), x.dtype, x.shape)

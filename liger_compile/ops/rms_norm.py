@@ -54,12 +54,16 @@ def out_dtype(x: Tensor, weight: Tensor | None, rounding: str) -> torch.dtype:
     return x.dtype if weight is None or rounding == "result" else torch.promote_types(x.dtype, weight.dtype)
 
 
-def _factor(h: Tensor, eps: float, guard: str, divisor: float | None) -> Tensor:
-    """What each row is multiplied by. Its length, not a root, where that may be one of zero: torch's has a gradient."""
-    n = h.shape[-1] if divisor is None else divisor
+def _rms(h: Tensor, n: float) -> Tensor:
+    """By the length of a row, not a root, which may be one of zero: torch's length has a gradient there."""
+    return torch.linalg.vector_norm(h, dim=-1, keepdim=True) / n**0.5
+
+
+def _factor(h: Tensor, n: float, eps: float, guard: str) -> Tensor:
+    """What each row is multiplied by."""
     if guard == "add":
         return torch.rsqrt(h.square().sum(-1, keepdim=True) / n + eps)
-    rms = torch.linalg.vector_norm(h, dim=-1, keepdim=True) / n**0.5
+    rms = _rms(h, n)
     return 1 / (rms.clamp(min=eps) if guard == "floor" else rms + eps)
 
 
@@ -87,7 +91,7 @@ def _reference(
 ) -> Tensor:
     _check(x, weight, rounding, guard)
     h = x.float() if x.dtype is not torch.float64 else x
-    factor = _factor(h, eps, guard, divisor)
+    factor = _factor(h, h.shape[-1] if divisor is None else divisor, eps, guard)
     y = x * factor.to(x.dtype) if rounding == "factor" else h * factor
     if rounding == "normed":
         y = y.to(x.dtype)
@@ -124,9 +128,9 @@ def _backward_reference(
     wide = torch.promote_types(torch.float32, x.dtype)
     h, g = x.to(wide), dy.to(wide)
     n = h.shape[-1] if divisor is None else divisor
-    factor = slope = _factor(h, eps, guard, divisor)
+    factor = slope = _factor(h, n, eps, guard)
     if guard != "add":
-        rms = torch.linalg.vector_norm(h, dim=-1, keepdim=True) / n**0.5
+        rms = _rms(h, n)
         slope = torch.where(rms < eps, 0, factor) if guard == "floor" else torch.where(rms == 0, 0, 1 / rms)
     normed = h * factor
     dnormed = g if weight is None else g * (offset + weight.to(wide))
