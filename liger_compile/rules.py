@@ -71,11 +71,18 @@ def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 # ---- casts --------------------------------------------------------------------------------------------------------
 
 
+ROUNDED_ONCE = {"silu", "gelu", "sigmoid", "relu"}
+"""Of half precision these are computed in float32 and rounded, with their gradients."""
+
+
 def cast(c: Call, x: Term, dtype: Any) -> Term:
     if x.dtype is not None and same(x.dtype, dtype):
         return x  # x.to(x.dtype) -> x
     if x.op == "cast" and same(x.args[0].dtype, dtype) and _is_upcast(x.args[0].dtype, x.dtype):
         return x.args[0]  # x.to(wider).to(x.dtype) -> x
+    if x.op in ROUNDED_ONCE and widens(x.args[0]) and same(x.args[0].args[0].dtype, dtype):
+        narrow = x.args[0].args[0]  # silu(x.float()).to(x.dtype) -> silu(x)
+        return c.step(x.op, narrow, *x.args[1:], like=narrow)
     known = dtype if isinstance(dtype, torch.dtype) else None
     return c.terms.make("cast", (x, dtype), known, x.shape)
 

@@ -1,29 +1,48 @@
 """The gated linear unit: gate and up projected apart, or packed in one tensor."""
 
-from functools import partial
-from typing import Literal
+import inspect
+from functools import partial, wraps
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
 from liger_compile import ops
 from liger_compile.match import Match
-from liger_compile.registry import pattern
+from liger_compile.registry import register_pattern
+from liger_compile.rules import widens
 from liger_compile.terms import Term
 
 
-def check(match: Match) -> str | None:
+def check(match: Match) -> str | dict[str, Any] | None:
     gate, up = match.captures["gate"], match.captures["up"]
     if gate.shape != up.shape:
         return f"the gate {tuple(gate.shape)} and the other operand {tuple(up.shape)} broadcast"
     if not (gate.is_float and up.is_float):
         return f"the gate is {gate.dtype} and the other operand {up.dtype}; the kernel takes floating point"
-    if gate.dtype is not up.dtype and "cast" in (gate.op, up.op):
-        return f"the gate is {gate.dtype} and the other operand {up.dtype}, of which one would be converted beforehand"
+    if widens(gate) and widened(up) is None and up.dtype is gate.dtype:
+        return {"gate": gate.args[0], "wide": True}
+    return check_read(match)
+
+
+def check_read(match: Match) -> str | None:
+    for name, operand in match.captures.items():
+        if isinstance(operand, Term) and (source := widened(operand)) is not None:
+            return f"{name} is {operand.dtype}, made of {source.dtype}, and would be written and read again as such"
     return None
 
 
-def check_scaled(match: Match) -> str | None:
+def widened(x: Term) -> Term | None:
+    """What x is computed of in more precision than it has, if it is element by element and of nothing else."""
+    while not widens(x):
+        tensors = [a for a in x.args if isinstance(a, Term) and not a.is_number]
+        if x.op not in ("clamp", "add", "sub", "mul", "div", "slice", "reshape") or len(tensors) != 1:
+            return None
+        x = tensors[0]
+    return x.args[0]
+
+
+def check_scaled(match: Match) -> str | dict[str, Any] | None:
     scale = match.captures["gate_scale"]
     if isinstance(scale, Term) and scale.op == "reciprocal":
         return "divides the gate, which the kernel does not: a product with the inverse is rounded otherwise"
@@ -36,13 +55,37 @@ def examples(make, rows):
     yield {"gate": make(2, rows, 33), "up": make(2, rows, 33), "x": make(2, rows, 66), **numbers}
 
 
+def in_float32(function):
+    """The same unit, computed in float32 of operands in another dtype, and rounded once."""
+
+    @wraps(function)
+    def wide(*args, **kwargs):
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        operands = {name: given[name] for name in ("gate", "up", "x") if name in given}
+        y = function(**{**given, **{name: x.float() for name, x in operands.items()}})
+        return y.to(next(iter(operands.values())).dtype)
+
+    wide.__qualname__ += "_in_float32"
+    return wide
+
+
+def unit(name, op, check, fixed):
+    def register(function):
+        for spelling, wide in ((function, False), (in_float32(function), True)):
+            replace = partial(op, **fixed, **({"wide": True} if wide else {}))
+            # Of float32 operands both are the same, and the plain one comes first.
+            register_pattern(spelling, replace, check, name, True, examples=examples, priority=-wide)
+        return function
+
+    return register
+
+
 def glu(name, check=check, **fixed):
-    return pattern(replace=partial(ops.glu, **fixed), check=check, name=name, recompute=True, examples=examples)
+    return unit(name, ops.glu, check, fixed)
 
 
 def packed_glu(name, **fixed):
-    op = partial(ops.packed_glu, **fixed)
-    return pattern(replace=op, name=f"packed_{name}", recompute=True, examples=examples)
+    return unit(f"packed_{name}", ops.packed_glu, check_read, fixed)
 
 
 def halves(x, gate_first, interleaved=False):

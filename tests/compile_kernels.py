@@ -75,7 +75,7 @@ def main() -> None:
             for again in (False, True):
                 glu.packed_backward(x[:, :128], x, activation, False, again=again)
         for gate_first in (True, False):
-            unit = ("silu", gate_first, 1.0, 7.0, 1.702, 1.0, True)
+            unit = ("silu", gate_first, 1.0, 7.0, 1.702, 1.0, not gate_first, True)
             glu.packed_forward(x, *unit)
             glu.packed_backward(x[:, :128], x, *unit, again=True)
         q, cos = torch.randn(2, 8, 16, 64).to(dtype), torch.randn(16, 64).to(dtype)

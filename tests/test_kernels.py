@@ -211,6 +211,8 @@ UNITS = {
     "clamped": ("silu", 1.0, 0.9),
     "clamped, shifted": ("silu", 1.0, 0.9, 1.702, 1.0),
     "everything": ("relu2", -1.3, 0.9, 1.0, 0.5),
+    "in float32": ("silu", 1.0, None, 1.0, 0.0, True),
+    "everything in float32": ("silu", -1.3, 0.9, 1.702, 0.5, True),
 }
 """Gated linear units by the arguments behind the operands, but for those of packing."""
 
@@ -234,7 +236,7 @@ def test_glu(dtype, unit):
         compare(with_product(PACKED_BACKWARD, gate_first), args, scatter_rows=1)
 
 
-@pytest.mark.parametrize("unit", ["silu", "everything"])
+@pytest.mark.parametrize("unit", ["silu", "everything", "everything in float32"])
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str)
 def test_glu_of_two_dtypes(dtypes, unit):
     """As autocast leaves them: what comes out of a projection is narrower than what does not."""
@@ -257,7 +259,7 @@ def test_the_product_beside_its_gradients_is_the_forward_s(dtype):
         activation, *variant = unit
         *_, y = GLU_BACKWARD[0](dy, gate, up, *unit, again=True)
         assert torch.equal(y, GLU[0](gate, up, *unit))
-        variant += [*[1.0, None, 1.0, 0.0][len(variant) :], True]
+        variant += [*[1.0, None, 1.0, 0.0, False][len(variant) :], True]
         *_, y = PACKED_BACKWARD[0](dy, x, activation, True, *variant, again=True)
         assert torch.equal(y, PACKED[0](x, activation, True, *variant))
 
@@ -280,7 +282,7 @@ def test_glu_keeps_what_is_not_finite(unit):
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_interleaved_glu(dtype, unit):
     activation, *variant = UNITS[unit]
-    variant += [*[1.0, None, 1.0, 0.0][len(variant) :], True]
+    variant += [*[1.0, None, 1.0, 0.0, False][len(variant) :], True]
     for x in (
         small(dtype, 4, 6, 66),
         small(dtype, 3, 4100),  # more than a block
@@ -588,7 +590,7 @@ def test_glu_at_size(dtype, unit):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_interleaved_glu_at_size(dtype, unit):
     activation, *variant = UNITS[unit]
-    variant += [*[1.0, None, 1.0, 0.0][len(variant) :], True]
+    variant += [*[1.0, None, 1.0, 0.0, False][len(variant) :], True]
     x = real(dtype, 8192, 2 * 2880 + 2)
     dy = real(dtype, 8192, 2881)
     for gate_first in (True, False):

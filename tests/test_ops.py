@@ -142,6 +142,7 @@ SAMPLES = {
         lambda: ((some(4, 8), some(4, 8), "silu", 1.0, 0.9, 1.702, 1.0), {}),
         lambda: ((half(4, 8), some(4, 8)), {}),
         lambda: ((some(4, 8), half(4, 8), "silu", 1.0, 0.9, 1.702, 1.0), {}),
+        lambda: ((half(4, 8), half(4, 8), "silu", 0.5, 0.9, 1.702, 1.0, True), {}),
     ],
     "glu_backward": [
         lambda: ((fixed(4, 8), half(4, 8, grad=False), fixed(4, 8), "gelu"), {"again": True}),
@@ -156,13 +157,15 @@ SAMPLES = {
         lambda: ((transposed(4, 8), "gelu_tanh"), {}),
         lambda: ((some(0, 8),), {}),
         lambda: ((some(4, 8), "relu"), {"limit": 0.9}),
-        lambda: ((transposed(4, 8), "silu", False, 1.0, 0.9, 1.702, 1.0, True), {}),
+        lambda: ((half(4, 8), "gelu"), {"wide": True}),
+        lambda: ((transposed(4, 8), "silu", False, 1.0, 0.9, 1.702, 1.0, False, True), {}),
     ],
     "packed_glu_backward": [
-        lambda: ((fixed(4, 8), fixed(16, 4).t(), "silu", True, 1.0, 0.9, 1.702, 1.0, True), {}),
+        lambda: ((fixed(4, 8), fixed(16, 4).t(), "silu", True, 1.0, 0.9, 1.702, 1.0, False, True), {}),
         lambda: ((fixed(4, 8), fixed(4, 16), "silu", True), {}),
         lambda: ((fixed(4, 8), fixed(16, 4).t(), "gelu", False), {}),
         lambda: ((fixed(4, 8), fixed(16, 4).t(), "gelu", False), {"again": True}),
+        lambda: ((half(4, 8, grad=False), half(4, 16, grad=False), "silu", True), {"wide": True, "again": True}),
     ],
     "rope": [
         lambda: ((some(2, 3, 5, 8), fixed(5, 8), fixed(5, 8)), {}),

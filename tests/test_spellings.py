@@ -478,6 +478,68 @@ def test_swiglu_of_two_dtypes(narrow):
     torch.testing.assert_close(report.graphs[0].after(*ordered(report, g=g, u=u))[0], glu_llama(g, u))
 
 
+IN_FLOAT32 = {
+    "both cast": lambda g, u: (F.silu(g.float()) * u.float()).to(g.dtype),
+    "gate cast": lambda g, u: (u * F.silu(g.float())).type_as(u),
+    "written out": lambda g, u: (lambda g, u: g * torch.sigmoid(g) * u)(g.float(), u.float()).bfloat16(),
+    "halves cast": lambda g, u: (F.silu(torch.cat([g, u], -1).chunk(2, -1)[0].float()) * u).to(g.dtype),
+    "clamped": lambda g, u: (F.silu(g.float().clamp(max=0.5)) * u.float().clamp(-0.5, 0.5)).to(g.dtype),
+    "of two dtypes": lambda g, u: F.silu(g.float()) * (u.float() @ u.float().t() @ u.float()),
+}
+
+
+@pytest.mark.parametrize("name", IN_FLOAT32)
+def test_swiglu_in_float32(name):
+    """The activation is not rounded before the product."""
+    g, u = torch.randn(4, 6).bfloat16(), torch.randn(4, 6).bfloat16()
+    report = report_of(IN_FLOAT32[name], g, u)
+    assert report.counts == {"swiglu": 1}, report
+    after = report.graphs[0].after
+    (call,) = [n for n in after.graph.nodes if "glu" in str(n.target)]
+    assert call.kwargs["wide"], after.code
+    torch.testing.assert_close(after(*ordered(report, g=g, u=u))[0], IN_FLOAT32[name](g, u), rtol=0, atol=0)
+
+
+def test_packed_swiglu_in_float32():
+    h = torch.randn(4, 12).bfloat16()
+    for function in (
+        lambda h: (lambda g, u: F.silu(g) * u)(*h.float().chunk(2, -1)).to(h.dtype),
+        lambda h: (lambda g, u: F.silu(g.float()) * u.float())(*h.chunk(2, -1)).to(h.dtype),
+    ):
+        report = report_of(function, h)
+        assert report.counts == {"packed_swiglu": 1}, report
+        torch.testing.assert_close(report.graphs[0].after(h)[0], function(h), rtol=0, atol=0)
+
+
+def test_an_activation_in_float32_that_is_rounded_is_that_of_the_operand():
+    """F.silu of half precision is computed in float32 and rounded, too."""
+    g, u = torch.randn(4, 6).bfloat16(), torch.randn(4, 6).bfloat16()
+    for activation, name in ((F.silu, "swiglu"), (F.gelu, "geglu"), (F.relu, "reglu")):
+        function = lambda g, u: activation(g.float()).to(g.dtype) * u  # noqa: B023
+        report = report_of(function, g, u)
+        assert report.counts == {name: 1}, report
+        after = report.graphs[0].after
+        assert "wide" not in after.code, after.code
+        torch.testing.assert_close(after(*ordered(report, g=g, u=u))[0], function(g, u), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", ["cast", "clamped", "added"])
+def test_a_unit_whose_operands_would_be_written_in_float32_is_left(how):
+    """Inductor computes them in the kernel that multiplies; here they would be twice as many bytes, written and read."""
+
+    def function(g, u, w):
+        g, u = g.float(), u.float()
+        if how == "clamped":
+            g = g.clamp(max=0.5)
+        if how == "added":
+            g = (g + 1) * 2
+        return (F.silu(g) * u * w).to(torch.bfloat16)  # weighted before it is rounded
+
+    report = report_of(function, torch.randn(4, 6).bfloat16(), torch.randn(4, 6).bfloat16(), torch.rand(4, 1))
+    assert not report.counts, report
+    assert any("and would be written and read again" in m.reason for m in report.misses), report
+
+
 def test_integers_times_one_are_no_integers():
     """Nor is the number a scale of the gate, which is no gate as it stands."""
     report = report_of(lambda g, u: F.silu(g * 1.0) * (u / 1), *(torch.arange(24).view(4, 6) for _ in "gu"))
@@ -1707,7 +1769,7 @@ NEAR_MISSES = [
     ("swiglu", r"silu is also used|silu.*returned|also used by", silu_used_twice, (G, U)),
     ("swiglu", r"up is 2", silu_mutated, (G, U)),
     ("swiglu", r"float64", lambda g, u: F.silu(g) * u, (G.double(), U.double())),
-    ("swiglu", r"converted beforehand", lambda g, u: F.silu(g) * u.float(), (G.bfloat16(), U.bfloat16())),
+    ("swiglu", r"up is torch.float32, made of torch.bfloat16", lambda g, u: F.silu(g) * u.float(), (G.bfloat16(), U.bfloat16())),
     ("swiglu", r"sigmoid.*silu", lambda g, u: g * torch.sigmoid(1.702 * g) * u, (G, U)),
     ("rope", r"neg", lambda x, c, s: rotated(x, c, s, lambda x: torch.cat((x[..., 4:], x[..., :4]), -1)), (Q, COS, SIN)),
     ("rope", r"neg", lambda x, c, s: rotated(x, c, s, lambda x: torch.cat((-x[..., 4:], -x[..., :4]), -1)), (Q, COS, SIN)),

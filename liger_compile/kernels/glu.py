@@ -87,16 +87,22 @@ def _both(BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _factors(g, u, gate_scale, limit, up_offset, PLAIN: tl.constexpr):
+def _rounded(x, like, WIDE: tl.constexpr):
+    """float32 x, rounded to the dtype of `like` unless the unit is computed in float32 throughout."""
+    return x if WIDE else x.to(like.dtype).to(tl.float32)
+
+
+@triton.jit
+def _factors(g, u, gate_scale, limit, up_offset, PLAIN: tl.constexpr, WIDE: tl.constexpr):
     """What the activation is taken of, and what multiplies it, in float32, rounded as the model does."""
     gate, up = g.to(tl.float32), u.to(tl.float32)
     if not PLAIN:
-        gate = (gate * tl.cast(gate_scale, tl.float32)).to(g.dtype).to(tl.float32)
+        gate = _rounded(gate * tl.cast(gate_scale, tl.float32), g, WIDE)
         if limit is not None:
             most = tl.cast(limit, tl.float32)
-            gate = tl.where(gate > most, most, gate).to(g.dtype).to(tl.float32)  # a NaN stays one
+            gate = _rounded(tl.where(gate > most, most, gate), g, WIDE)  # a NaN stays one
             up = tl.where(up > most, most, tl.where(up < -most, -most, up))
-        up = (up + tl.cast(up_offset, tl.float32)).to(u.dtype).to(tl.float32)
+        up = _rounded(up + tl.cast(up_offset, tl.float32), u, WIDE)
     return gate, up
 
 
@@ -115,6 +121,7 @@ def _glu(
     up_offset,
     ACTIVATION: tl.constexpr,
     PLAIN: tl.constexpr,
+    WIDE: tl.constexpr,
     PACKING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -122,9 +129,9 @@ def _glu(
     row, cols = _at(n_cols, BLOCK)
     mask = cols < n_cols
     g, u = _load(gate_ptr, up_ptr, gate_stride, up_stride, n_cols, PACKING, BLOCK)
-    gate, up = _factors(g, u, gate_scale, limit, up_offset, PLAIN)
+    gate, up = _factors(g, u, gate_scale, limit, up_offset, PLAIN, WIDE)
     activated, _slope = _activate(gate, alpha, ACTIVATION)
-    y = activated.to(g.dtype).to(tl.float32) * up
+    y = _rounded(activated, g, WIDE) * up
     tl.store(y_ptr + row * y_stride + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -149,6 +156,7 @@ def _glu_backward(
     up_offset,
     ACTIVATION: tl.constexpr,
     PLAIN: tl.constexpr,
+    WIDE: tl.constexpr,
     PACKING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -158,10 +166,10 @@ def _glu_backward(
     mask = cols < n_cols
     dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
     g, u = _load(gate_ptr, up_ptr, gate_stride, up_stride, n_cols, PACKING, BLOCK)
-    gate, up = _factors(g, u, gate_scale, limit, up_offset, PLAIN)
+    gate, up = _factors(g, u, gate_scale, limit, up_offset, PLAIN, WIDE)
     activated, slope = _activate(gate, alpha, ACTIVATION)
     dgate = dy * up * slope
-    activated = activated.to(g.dtype).to(tl.float32)
+    activated = _rounded(activated, g, WIDE)
     dup = dy * activated
     if y_ptr is not None:
         tl.store(y_ptr + row * y_stride + cols, (activated * up).to(y_ptr.dtype.element_ty), mask=mask)
@@ -172,7 +180,7 @@ def _glu_backward(
         dgate *= tl.cast(gate_scale, tl.float32)
         if limit is not None:  # what a clamp stops has no gradient, nor has a NaN that it lets through
             most = tl.cast(limit, tl.float32)
-            scaled = (g.to(tl.float32) * tl.cast(gate_scale, tl.float32)).to(g.dtype).to(tl.float32)
+            scaled = _rounded(g.to(tl.float32) * tl.cast(gate_scale, tl.float32), g, WIDE)
             dgate = tl.where(scaled <= most, dgate, 0.0)
             dup = tl.where(tl.abs(u.to(tl.float32)) <= most, dup, 0.0)
     dgate, dup = dgate.to(dgate_ptr.dtype.element_ty), dup.to(dup_ptr.dtype.element_ty)
@@ -196,7 +204,9 @@ def _matrix(*tensors: Tensor) -> tuple[int, int, list[int], tuple[Tensor, ...]]:
     return n_rows, sizes[-1], [s[0] if len(s) == 2 else 0 for s in strides], tensors
 
 
-def _how(activation: str, gate_scale: float, limit: float | None, alpha: float, up_offset: float) -> dict[str, Any]:
+def _how(
+    activation: str, gate_scale: float, limit: float | None, alpha: float, up_offset: float, wide: bool
+) -> dict[str, Any]:
     """The arguments of a kernel that say which unit it is. The plain one, without clamps, scale and offset, is compiled
     by itself; those of the others are not compiled in, but `alpha`, a factor where there are exponentials, never is."""
     plain = gate_scale == 1 and limit is None and up_offset == 0
@@ -207,6 +217,7 @@ def _how(activation: str, gate_scale: float, limit: float | None, alpha: float, 
         "up_offset": float(up_offset),
         "ACTIVATION": _ACTIVATIONS[activation],
         "PLAIN": plain,
+        "WIDE": wide,
         "BLOCK": BLOCK,
         "num_warps": WARPS,
     }
@@ -243,9 +254,10 @@ def forward(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
+    wide: bool = False,
 ) -> Tensor:
     y = empty_product(gate, up)
-    return _run_forward(gate, up, y, _how(activation, gate_scale, limit, alpha, up_offset))
+    return _run_forward(gate, up, y, _how(activation, gate_scale, limit, alpha, up_offset, wide))
 
 
 def backward(
@@ -257,11 +269,12 @@ def backward(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
+    wide: bool = False,
     again: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     y = empty_product(gate, up) if again else None
-    _run_backward(dy, gate, up, dgate, dup, y, _how(activation, gate_scale, limit, alpha, up_offset))
+    _run_backward(dy, gate, up, dgate, dup, y, _how(activation, gate_scale, limit, alpha, up_offset, wide))
     return dgate, dup, gate.new_empty(0) if y is None else y
 
 
@@ -273,9 +286,10 @@ def packed_forward(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
+    wide: bool = False,
     interleaved: bool = False,
 ) -> Tensor:
-    how = _how(activation, gate_scale, limit, alpha, up_offset)
+    how = _how(activation, gate_scale, limit, alpha, up_offset, wide)
     y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
     if not interleaved:
         return _run_forward(*halves(x, gate_first), y, how)
@@ -295,10 +309,11 @@ def packed_backward(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
+    wide: bool = False,
     interleaved: bool = False,
     again: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    how = _how(activation, gate_scale, limit, alpha, up_offset)
+    how = _how(activation, gate_scale, limit, alpha, up_offset, wide)
     dx = torch.empty_like(x)
     y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2)) if again else None
     if not interleaved:

@@ -1,7 +1,7 @@
 """The gated linear unit of language models' MLPs: `y = act(gate) * up`.
 
-`glu(gate, up, activation="silu", gate_scale=1.0, limit=None, alpha=1.0, up_offset=0.0) -> y`: gate and up [..., I], any
-strides; y has their shape, the dtype that a product of the two has, and gate's strides, made dense.
+`glu(gate, up, activation="silu", gate_scale=1.0, limit=None, alpha=1.0, up_offset=0.0, wide=False) -> y`: gate and up
+[..., I], any strides; y has their shape, the dtype that a product of the two has, and gate's strides, made dense.
 `packed_glu(x, activation="silu", gate_first=True, ..., interleaved=False) -> y`: both halves of x [..., 2I] at once,
 the gate first or second, or alternating if `interleaved`; y is [..., I], contiguous. Its backward writes the gradient
 of x directly, without a concatenation.
@@ -14,7 +14,7 @@ act is
 - "silu": z sigmoid(alpha z), "gelu", "gelu_tanh", "relu", "relu2": relu(z)^2.
 
 float32, bfloat16 or float16. The scaled gate, the activation and the shifted up are computed in float32 and rounded to
-the dtype of gate, or of up, before they are used, as in eager.
+the dtype of gate, or of up, before they are used, as in eager; with `wide` they are not, and y alone is rounded.
 Formulas: Shazeer, GLU Variants Improve Transformer, 2020 (arXiv:2002.05202); relu2: So et al., Primer, 2021
 (arXiv:2109.08668).
 """
@@ -83,22 +83,33 @@ def _fake(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
+    wide: bool = False,
 ) -> Tensor:
     _check(gate, up, activation, alpha, limit)
     return empty_product(gate, up)
 
 
 def _product(
-    gate: Tensor, up: Tensor, activation: str, gate_scale: float, limit: float | None, alpha: float, up_offset: float
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    gate_scale: float,
+    limit: float | None,
+    alpha: float,
+    up_offset: float,
+    wide: bool,
 ) -> Tensor:
     _check(gate, up, activation, alpha, limit)
+    dtype = torch.promote_types(gate.dtype, up.dtype)
+    if wide:
+        gate, up = (x.to(torch.promote_types(torch.float32, x.dtype)) for x in (gate, up))
     if gate_scale != 1:
         gate = gate * gate_scale
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     if up_offset != 0:
         up = up + up_offset
-    return _activate(gate, activation, alpha) * up
+    return (_activate(gate, activation, alpha) * up).to(dtype)
 
 
 def _reference(
@@ -109,8 +120,9 @@ def _reference(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
+    wide: bool = False,
 ) -> Tensor:
-    return dense_like(_product(gate, up, activation, gate_scale, limit, alpha, up_offset), gate)
+    return dense_like(_product(gate, up, activation, gate_scale, limit, alpha, up_offset, wide), gate)
 
 
 def _gradients(
@@ -122,14 +134,19 @@ def _gradients(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(torch.float32, dy.dtype)
-    d, g, u = dy.to(wide), (gate.to(wide) * gate_scale).to(gate.dtype).to(wide), up.to(wide)
+    exact = torch.promote_types(torch.float32, dy.dtype)
+
+    def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x if wide else x.to(dtype).to(exact)
+
+    d, g, u = dy.to(exact), rounded(gate.to(exact) * gate_scale, gate.dtype), up.to(exact)
     bound = math.inf if limit is None else limit
-    activated, slope = _activation_and_slope(g.clamp(max=bound).to(gate.dtype).to(wide), activation, alpha)
-    other = (u.clamp(-bound, bound) + up_offset).to(up.dtype).to(wide)
+    activated, slope = _activation_and_slope(rounded(g.clamp(max=bound), gate.dtype), activation, alpha)
+    other = rounded(u.clamp(-bound, bound) + up_offset, up.dtype)
     dgate = d * other * slope * gate_scale
-    dup = d * activated.to(gate.dtype)
+    dup = d * rounded(activated, gate.dtype)
     if activation in ("relu", "relu2"):  # chosen, not multiplied: a zero also where up is not finite
         dgate = torch.where(g <= 0, 0, dgate)
     if limit is not None:
@@ -146,9 +163,10 @@ def _backward_fake(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
+    wide: bool = False,
     again: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = _fake(gate, up, activation, gate_scale, limit, alpha, up_offset) if again else gate.new_empty(0)
+    y = _fake(gate, up, activation, gate_scale, limit, alpha, up_offset, wide) if again else gate.new_empty(0)
     return torch.empty_like(gate), torch.empty_like(up), y
 
 
@@ -161,9 +179,10 @@ def _backward_reference(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
+    wide: bool = False,
     again: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    how = activation, gate_scale, limit, alpha, up_offset
+    how = activation, gate_scale, limit, alpha, up_offset, wide
     dgate, dup = _gradients(dy, gate, up, *how)
     y = _reference(gate, up, *how) if again else gate.new_empty(0)
     return dense_like(dgate, gate), dense_like(dup, up), y
@@ -185,6 +204,7 @@ def _packed_fake(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
+    wide: bool = False,
     interleaved: bool = False,
 ) -> Tensor:
     gate, up = halves(x, gate_first, interleaved)
@@ -200,10 +220,11 @@ def _packed_reference(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
+    wide: bool = False,
     interleaved: bool = False,
 ) -> Tensor:
     gate, up = halves(x, gate_first, interleaved)
-    return _product(gate, up, activation, gate_scale, limit, alpha, up_offset).contiguous()
+    return _product(gate, up, activation, gate_scale, limit, alpha, up_offset, wide).contiguous()
 
 
 def _packed_backward_fake(
@@ -215,10 +236,11 @@ def _packed_backward_fake(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
+    wide: bool = False,
     interleaved: bool = False,
     again: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    how = activation, gate_first, gate_scale, limit, alpha, up_offset, interleaved
+    how = activation, gate_first, gate_scale, limit, alpha, up_offset, wide, interleaved
     return torch.empty_like(x), _packed_fake(x, *how) if again else x.new_empty(0)
 
 
@@ -231,11 +253,12 @@ def _packed_backward_reference(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
+    wide: bool = False,
     interleaved: bool = False,
     again: bool = False,
 ) -> tuple[Tensor, Tensor]:
     gate, up = halves(x, gate_first, interleaved)
-    variant = gate_scale, limit, alpha, up_offset
+    variant = gate_scale, limit, alpha, up_offset, wide
     dgate, dup = _gradients(dy, gate, up, activation, *variant)
     pair = (dgate, dup) if gate_first else (dup, dgate)
     dx = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
@@ -243,7 +266,7 @@ def _packed_backward_reference(
     return dense_like(dx, x), y
 
 
-_VARIANT = "float gate_scale=1.0, float? limit=None, float alpha=1.0, float up_offset=0.0"
+_VARIANT = "float gate_scale=1.0, float? limit=None, float alpha=1.0, float up_offset=0.0, bool wide=False"
 
 glu_forward, glu = define_forward(
     f'glu(Tensor gate, Tensor up, str activation="silu", {_VARIANT}) -> Tensor',
