@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from liger_compile.options import Options
+
 from . import common
 from .models import CASES, contenders
 
@@ -77,7 +79,7 @@ def main() -> None:
     arguments = parser.parse_args()
     title = f"Llama-3.2-1B shape, one row: the longest sequence that fits, in steps of {arguments.step} tokens"
     rows = []
-    for name, build in contenders(CONFIG, ["model"]).items():
+    for name, build in contenders(CONFIG, ["model"], [Options.memory]).items():
         torch._dynamo.reset()
         model, call = build()
         print(name, flush=True)

@@ -190,7 +190,7 @@ def _near_misses(view: GraphTerms, spellings: list[Spelling], options: Options, 
                 near = matcher.near_miss(spelling, anchor)
                 if near is not None and not (near.terms & taken.terms):
                     found.append((spelling.pattern.name, near))
-    found.sort(key=lambda item: (-item[1].score, -len(item[1].terms)))
+    found.sort(key=lambda item: (-item[1].spelling.pattern.priority, -item[1].score, -len(item[1].terms)))
     misses: list[tuple[int, Miss]] = []
     told: dict[str, set[Term]] = {}
     for name, near in found:
