@@ -363,7 +363,7 @@ def _complete(target: Any, args: list[Any], kwargs: dict[str, Any]) -> tuple[lis
 
 _signature = functools.cache(inspect.signature)
 
-_FIRST = {"input": "x", "self": "x", "tensor": "x", "axis": "dim", "size": "shape"}
+_FIRST = {"input": "x", "self": "x", "tensor": "x", "axis": "dim", "keepdims": "keepdim", "size": "shape"}
 
 
 def _elsewhere(a: Any, b: torch.Tensor) -> bool:

@@ -182,7 +182,7 @@ def _match_at(
 
 def _near_misses(view: GraphTerms, spellings: list[Spelling], options: Options, taken: _Taken) -> list[Miss]:
     """The best near miss of each pattern at each place that no rewrite has covered."""
-    matcher = Matcher(view, options, tolerance=2)
+    matcher = Matcher(view, options, relaxed=True, tolerance=2)
     found: list[tuple[str, NearMiss]] = []
     for spelling in spellings:
         for anchor in matcher.anchors(spelling.roots[0]):

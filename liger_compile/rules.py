@@ -397,6 +397,20 @@ def add(c: Call, x: Any, other: Any, *, alpha: Any = 1) -> Term:
     return elementwise(c, "add", x, y)
 
 
+@rule("addcmul")
+def _addcmul(c: Call, x: Term, y: Term, z: Term, *, value: Any = 1) -> Term:
+    if not (same(value, 1) or same(value, -1)) or (c.shape is not None and not _is_either(c.shape, y.shape, z.shape)):
+        raise NotCanonical("scales a product, or broadcasts one")
+    if c.dtype in (torch.bfloat16, torch.float16):
+        raise NotCanonical("does not round the product")
+    product = mul(Call(c.terms, _infer_dtype("mul", (y, z)), c.shape), y, z)
+    return add(c, x, product) if same(value, 1) else sub(c, x, product)  # x + y * z, x - y * z
+
+
+def _is_either(shape: Any, *shapes: Any) -> bool:
+    return any(same(shape, s) for s in shapes)
+
+
 @rule("sub", "subtract")
 def sub(c: Call, x: Any, other: Any, *, alpha: Any = 1) -> Term:
     if not same(alpha, 1):
@@ -646,7 +660,7 @@ def select(c: Call, x: Term, dim: int, index: Any) -> Term:
     """x[..., index, ...], with the dimension dropped."""
     if widens(x):
         return _through_cast(c, x, lambda y: select(c, y, dim, index))
-    if x.op == "reshape" and x.shape is not None:
+    if x.op == "reshape" and x.shape is not None and len(x.shape) > 1:
         whole, shape = x.args[0], x.shape
         if dim == -1 and isinstance(shape[-1], int) and isinstance(shape[-2], int):
             whole = reshape_to(c, whole, (*shape[:-2], shape[-2] * shape[-1]))
@@ -792,7 +806,15 @@ def reshape_to(c: Call, x: Term, shape: Any) -> Term:
             return c.step(x.op, inner, dim, True, dtype=x.dtype, shape=shape)
     if shape and x.shape and same(shape[-1], x.shape[-1]) and _has_rows(x):
         return _of_rows(c, x, lambda y: reshape_to(c, y, (*shape[:-1], y.shape[-1])))
+    if x.op in _OF_EACH and x.shape != () and not any(map(_is_tensor, x.args[1:])):
+        inner = reshape_to(c, x.args[0], shape)
+        if inner.op != "reshape":  # rsqrt(mean(x, dim) + eps).unsqueeze(dim) -> rsqrt(mean(x, dim, keepdim=True) + eps)
+            return c.step(x.op, inner, *x.args[1:], dtype=x.dtype, shape=shape)
     return c.step("reshape", x, shape, dtype=x.dtype, shape=shape)
+
+
+_OF_EACH = {"rsqrt", "sqrt", "add", "clamp", "reciprocal"}
+"""Element by element, here of a tensor and numbers."""
 
 
 def _repeated(c: Call, x: Term, shape: tuple[Any, ...]) -> Term | None:
@@ -1050,6 +1072,11 @@ def permute(c: Call, x: Term, order: tuple[int, ...]) -> Term:
         return x
     if order[-1] == -1 and _has_rows(x):
         return _of_rows(c, x, lambda y: permute(c, y, order))
+    if x.op == "repeat":  # repeat(x, dim, n).permute(order) -> repeat(x.permute(order), dim', n)
+        inner, dim, n = x.args
+        moved = order.index(dim) - len(order) if dim in order else dim
+        shape = None if x.shape is None else (*x.shape[: len(x.shape) - len(order)], *(x.shape[i] for i in order))
+        return c.step("repeat", permute(c, inner, order), moved, n, dtype=x.dtype, shape=shape)
     shape = None
     if x.shape is not None:
         shape = (*x.shape[: len(x.shape) - len(order)], *(x.shape[i] for i in order))

@@ -7,6 +7,7 @@ where that was measured to be faster. Neither mask nor repeated keys are stored.
 
 import math
 from functools import partial
+from typing import Literal
 
 import torch
 
@@ -62,7 +63,12 @@ def check_causal(match: Match) -> str | None:
         return f"attends where {seen!r}, which is more than causal"
     if not same(match.shape("query")[-2], match.shape("key")[-2]):
         return "there are not as many keys as queries"
-    return check_layout(match)
+    return check_groups(match) if has_groups(match) else check_layout(match)
+
+
+def has_groups(match: Match) -> bool:
+    """Whether the model itself tells attention of groups of heads."""
+    return match.spelling.choice.get("enable_gqa", False)
 
 
 def on_gpu(operand: torch.Tensor) -> bool:
@@ -116,7 +122,9 @@ def check_everything(match: Match) -> str | None:
     seen = read(match)
     if isinstance(seen, str):
         return seen
-    return check_layout(match) if seen is True else f"attends where {seen!r}, which is not everywhere"
+    if seen is not True:
+        return f"attends where {seen!r}, which is not everywhere"
+    return check_groups(match) if has_groups(match) else check_layout(match)
 
 
 def check_everything_groups(match: Match) -> str | None:
@@ -205,6 +213,9 @@ def attention_pattern(check, replace, effect, examples=examples, **fixed):
     return pattern(partial(replace, **fixed), check=check, name="attention", examples=examples, effect=effect)
 
 
+Either = Literal[False, True]
+
+
 def spares_half(match: Match) -> str:
     return "half of the scores"
 
@@ -232,8 +243,8 @@ def spares_blocks(match: Match) -> str:
 
 
 @attention_pattern(check_causal, attention, spares_half, attn_mask=None, is_causal=True)
-def masked(query, key, value, attn_mask: torch.Tensor, dropout_p, scale):
-    return attention(query, key, value, attn_mask, dropout_p, scale=scale)
+def masked(query, key, value, attn_mask: torch.Tensor, dropout_p, scale, *, enable_gqa: Either):
+    return attention(query, key, value, attn_mask, dropout_p, scale=scale, enable_gqa=enable_gqa)
 
 
 @attention_pattern(
@@ -244,8 +255,8 @@ def masked_groups(query, key, value, attn_mask: torch.Tensor, dropout_p, scale):
 
 
 @attention_pattern(check_everything, attention, spares_mask, examples_unmasked, attn_mask=None)
-def unmasked(query, key, value, attn_mask: torch.Tensor, dropout_p, scale):
-    return attention(query, key, value, attn_mask, dropout_p, scale=scale)
+def unmasked(query, key, value, attn_mask: torch.Tensor, dropout_p, scale, *, enable_gqa: Either):
+    return attention(query, key, value, attn_mask, dropout_p, scale=scale, enable_gqa=enable_gqa)
 
 
 @attention_pattern(
@@ -261,8 +272,8 @@ def groups(query, key, value, dropout_p, is_causal, scale):
 
 
 @attention_pattern(check_seen, masked_attention, spares_blocks)
-def seen(query, key, value, attn_mask: torch.Tensor, scale):
-    return attention(query, key, value, attn_mask, 0.0, scale=scale)
+def seen(query, key, value, attn_mask: torch.Tensor, scale, *, enable_gqa: Either):
+    return attention(query, key, value, attn_mask, 0.0, scale=scale, enable_gqa=enable_gqa)
 
 
 @attention_pattern(check_seen, masked_attention, spares_blocks)

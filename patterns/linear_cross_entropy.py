@@ -144,3 +144,9 @@ def softcapped_rows(
 def with_lse(hidden, weight, bias, target, ignore_index, reduction):
     logits = F.linear(hidden, weight, bias).float()
     return loss(logits, target, ignore_index, reduction), torch.logsumexp(logits, -1)
+
+
+@loss_pattern(ops.linear_cross_entropy_lse)
+def with_lse_in_shape(hidden, weight, bias, target, shape, ignore_index, reduction):
+    logits = F.linear(hidden, weight, bias).float()
+    return loss(logits, target, ignore_index, reduction), torch.logsumexp(logits, -1).reshape(shape)

@@ -22,6 +22,8 @@ def check(match: Match) -> str | None:
     x, weight = match.captures["x"], match.captures.get("weight")
     if x.op == "sub" and any(getattr(t, "op", "") == "mean" for t in x.args):
         return "subtracts the mean first: this is a LayerNorm, where Inductor's own kernel is as good"
+    if x.shape is None or (weight is not None and weight.shape is None):
+        return "its shape is not known"
     if weight is not None and weight.shape != x.shape[-1:]:
         return f"weight has shape {tuple(weight.shape)} where the kernel takes [{x.shape[-1]}]"
     if x.shape[-1] > 65536:

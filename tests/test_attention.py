@@ -711,7 +711,20 @@ def by_function(x, n):
     return torch.repeat_interleave(x, n, dim=-3)
 
 
-REPEATS = [by_expand, by_expand_and_flatten, by_repeat_interleave, by_function]
+def in_order_of_tokens(x, n):  # reference Llama's: tokens come before heads
+    tokens = x.transpose(1, 2)
+    b, s, h, d = tokens.shape
+    return tokens[:, :, :, None, :].expand(b, s, h, n, d).reshape(b, s, h * n, d).transpose(1, 2)
+
+
+def by_repeat_interleave_of_tokens(x, n):
+    return x.transpose(1, 2).repeat_interleave(n, dim=2).transpose(1, 2)
+
+
+REPEATS = [
+    *(by_expand, by_expand_and_flatten, by_repeat_interleave, by_function),
+    *(in_order_of_tokens, by_repeat_interleave_of_tokens),
+]
 
 
 @pytest.mark.parametrize("repeat", REPEATS, ids=lambda f: f.__name__)
@@ -728,6 +741,20 @@ def test_groups(repeat, kind):
     assert report.counts == {"attention": 1}, report
     (call,) = [n for n in report.graphs[0].after.graph.nodes if n.op not in ("placeholder", "output")]
     assert call.kwargs["enable_gqa"] and call.kwargs.get("is_causal", False) == (kind in ("mask", "is_causal"))
+    assert_same(function, inputs)
+
+
+@pytest.mark.parametrize("kind", ["mask", "mask of ones"])
+def test_groups_that_the_model_names(kind):
+    def function(q, k, v):
+        mask = (tril_of_ones if kind == "mask" else ones)(q.shape[-2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    inputs = heads(groups=2)
+    report = report_of(function, *inputs)
+    assert report.counts == {"attention": 1}, report
+    (call,) = [n for n in report.graphs[0].after.graph.nodes if n.op not in ("placeholder", "output")]
+    assert call.kwargs["enable_gqa"] and call.kwargs.get("is_causal", False) == (kind == "mask")
     assert_same(function, inputs)
 
 

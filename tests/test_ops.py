@@ -75,6 +75,7 @@ SAMPLES = {
         lambda: ((fixed(4, 8), fixed(4, 8), fixed(8), 1e-6, 1.0, "result", False), {}),
         lambda: ((fixed(4, 8), fixed(8, 4).t(), None, 1e-6, 0.0, "factor", False), {}),
         lambda: ((fixed(4, 8), fixed(4, 8), fixed(8), 1e-6, 0.0, "normed", True, "floor", 2.0), {}),
+        lambda: ((fixed(8), fixed(8), fixed(8), 1e-6, 0.0, "normed", True), {}),
     ],
     "add_rms_norm": [
         lambda: ((fixed(4, 8), fixed(4, 8), fixed(8), 1e-6, 0.0, "normed"), {}),
@@ -111,6 +112,7 @@ SAMPLES = {
         lambda: ((some(0, 8), some(0, 8), some(8), 1e-6), {}),
     ],
     "gated_rms_norm_backward": [
+        lambda: ((*(fixed(8),) * 4, 1e-6, "silu", False, "normed", None, True), {}),
         lambda: ((*(fixed(4, 8),) * 3, fixed(8), 1e-6, "silu", False, "normed", None, True), {}),
         lambda: (
             (fixed(4, 8), fixed(8, 4).t(), fixed(4, 8), fixed(8), 1e-6, "sigmoid", True, "result", [4, 2], False),
@@ -227,6 +229,7 @@ SAMPLES = {
     "linear_cross_entropy_lse": [
         lambda: ((some(6, 8), some(9, 8), some(9), labels()), {}),
         lambda: ((some(6, 8), fixed(9, 8), None, labels()), {"reduction": "none", "scale": 0.5}),
+        lambda: ((some(6, 8), fixed(9, 8), None, labels()), {"shape": (2, 3)}),
     ],
     "linear_cross_entropy_forward": [
         lambda: ((fixed(6, 8), fixed(9, 8), fixed(9), labels(), *TRANSFORM, True, True, True, "", 99), {}),

@@ -63,6 +63,21 @@ def norm_none_index(x, w):
     return w * (h * torch.rsqrt(torch.mean(torch.square(h), -1)[..., None] + 1e-6)).to(x.dtype)
 
 
+def norm_unsqueezed_factor(x, w):
+    h = x.float()
+    return w * (h * torch.rsqrt(h.pow(2).mean(-1) + 1e-6)[..., None]).to(x.dtype)
+
+
+def norm_unsqueezed_root(x, w):
+    h = x.float()
+    return (h / (h.square().mean(-1) + 1e-6).sqrt().unsqueeze(-1)).to(x.dtype) * w
+
+
+def norm_keepdims(x, w):
+    h = x.float()
+    return (h * torch.rsqrt(torch.mean(h.square(), axis=-1, keepdims=True) + 1e-6)).to(x.dtype) * w
+
+
 def norm_positive_dim(x, w):
     h = x.float()
     return w.mul(h.mul(h.pow(2.0).mean(x.ndim - 1, keepdim=True).add(1e-6).rsqrt()).to(x.dtype))
@@ -1194,6 +1209,22 @@ def rope_complex_inverse(q, k, cos, sin):
     return tuple(torch.view_as_real(as_complex(x) * freqs).flatten(-2).type_as(x) for x in (q, k))
 
 
+def rope_addcmul(q, k, cos, sin):
+    cos, sin = cos[:, None].float(), sin[:, None].float()
+    a, b = q.float(), k.float()
+    return torch.addcmul(a * cos, half(a), sin).to(q.dtype), torch.addcmul(b * cos, half(b), sin).to(k.dtype)
+
+
+def rope_addcmul_by_pairs(q, k, cos, sin):
+    cos, sin = cos[:, None, :, :4].float(), sin[:, None, :, :4].float()
+
+    def turn(x):
+        a, b = x.float().chunk(2, -1)
+        return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), -1).to(x.dtype)
+
+    return turn(q), turn(k)
+
+
 ROPES = [f for name, f in list(globals().items()) if name.startswith("rope_")]
 
 
@@ -1228,6 +1259,12 @@ def test_angles_that_are_shaped_as_what_they_turn(batch, heads, dtype):
     (call,) = [n for n in report.graphs[0].after.graph.nodes if "rope" in str(n.target)]
     assert call.kwargs["x"].op == "placeholder"
     torch.testing.assert_close(report.graphs[0].after(*ordered(report, x=x, t=table))[0], function(x, table))
+
+
+@pytest.mark.parametrize("value, dtype", [(2, torch.float32), (0.5, torch.float32), (1, torch.bfloat16)], ids=str)
+def test_sums_with_a_scaled_or_unrounded_product_are_left(value, dtype):
+    function = lambda q, cos, sin: torch.addcmul(q * cos, half(q), sin, value=value)
+    assert not report_of(function, *(torch.randn(shape).to(dtype) for shape in ((2, 4, 5, 8), (5, 8), (5, 8)))).counts
 
 
 def test_rope_on_one_tensor():
@@ -1826,6 +1863,66 @@ def test_near_miss(pattern, reason, function, args):
     told = [m.reason for m in report.misses if m.pattern == pattern]
     assert told, f"nothing was told:\n{report}"
     assert any(re.search(reason, r) for r in told), told
+
+
+Z_LOSSES = {
+    "flat for the loss": lambda z, y: F.cross_entropy(z.view(-1, 8), y.view(-1)) + z.logsumexp(-1).square().mean(),
+    "classes second": lambda z, y: F.cross_entropy(z.transpose(1, 2), y) + (torch.logsumexp(z, -1) ** 2).mean(),
+    "dimension kept": lambda z, y: F.cross_entropy(z.view(-1, 8), y.view(-1)) + z.logsumexp(-1, True).square().sum(),
+    "float32": lambda z, y: F.cross_entropy(z.float().view(-1, 8), y.view(-1)) + z.float().logsumexp(-1).mean(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("name", Z_LOSSES)
+def test_z_loss_of_logits_in_their_own_shape(name, dtype):
+    """The loss sees rows, the z-loss sequences of them."""
+    if dtype is torch.bfloat16 and name != "float32":
+        pytest.skip("the logits' own dtype is the loss's: the kernel's is float32")
+
+    def function(h, w, y):
+        return Z_LOSSES[name](F.linear(h, w), y)
+
+    h, w = (torch.randn(2, 3, 5).to(dtype).requires_grad_(), torch.randn(8, 5).to(dtype).requires_grad_())
+    y = torch.randint(8, (2, 3))
+    report = report_of(function, h, w, y)
+    assert report.counts == {"linear_cross_entropy": 1} and "linear_cross_entropy_lse" in report.graphs[0].after.code
+    torch._dynamo.reset()
+    ours, eager = torch.compile(function, backend=rewritten([]))(h, w, y), function(h, w, y)
+    torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-3)
+    for a, b in zip(torch.autograd.grad(ours, (h, w)), torch.autograd.grad(eager, (h, w)), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 if dtype is torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize(
+    "head", [lambda h, w: F.linear(h, w) + F.linear(h, w), lambda h, w: F.linear(h, w)[torch.tensor([0, 2, 3])]]
+)
+def test_what_is_told_does_not_hang_on_the_dtype(head):
+    h, w, y = torch.randn(6, 5), torch.randn(8, 5), torch.randint(8, (6,))
+    function = lambda h, w, y: (lambda z: F.cross_entropy(z, y[: z.shape[0]]))(head(h, w))
+    told = [
+        [m.reason for m in report_of(function, h.to(d), w.to(d), y).misses] for d in (torch.float32, torch.bfloat16)
+    ]
+    assert told[0] and told[0] == told[1], told
+
+
+ELEMENTS = {
+    "of a score of each row": lambda x, w, p: -F.logsigmoid((lambda r: r[0] - r[1])(F.linear(x, p).squeeze(-1))),
+    "of a flat parameter": lambda x, w, p: p.view(-1)[0] + p.flatten()[-1] + p.reshape(-1)[1],
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_elements_of_one_dimension_cost_no_other_rewrite(name):
+    """A learned factor, a reward."""
+
+    def function(x, w, p):
+        return norm_llama(x, w) * ELEMENTS[name](x, w, p)
+
+    x, w, p = torch.randn(3, 16), torch.randn(16), torch.randn(1, 16)
+    report = report_of(function, x, w, p)
+    assert report.counts == {"rms_norm": 1}, report
+    torch.testing.assert_close(report.graphs[0].after(*ordered(report, x=x, w=w, p=p))[0], function(x, w, p))
 
 
 def focal_loss(h, w, y):

@@ -133,7 +133,7 @@ def _backward_reference(
     along = along.mean(-1, keepdim=True).expand_as(along).reshape(normed.shape)
     dh = factor * (dnormed - normed * along)
     dx, dgate = (dh * activated, dh * value * slope) if gate_first else (dh, d * product * slope)
-    dweight = (dproduct * seen).flatten(0, -2).sum(0).to(weight.dtype) if need_dweight else x.new_empty(0)
+    dweight = (dproduct * seen).sum_to_size(weight.shape).to(weight.dtype) if need_dweight else x.new_empty(0)
     return dense_like(dx.to(x.dtype), x), dense_like(dgate.to(gate.dtype), gate), dweight
 
 

@@ -22,8 +22,9 @@ wide=False, label_smoothing=0.0, negative=False, memory="balanced") -> losses`: 
 shape of N elements; if `negative`, -losses: the log-probabilities of the labels.
 
 `linear_cross_entropy_lse(hidden, weight, bias, target, ignore_index=-100, reduction="mean", scale=1.0, divisor=1.0,
-softcap=0.0, wide=False) -> (loss, lse)`: the loss, and float32 [N] log(sum_j exp(z_ij)) of every row, for losses that
-are computed from that too (z-loss). It holds all logits, as the code that it stands for does.
+softcap=0.0, wide=False, shape=None) -> (loss, lse)`: the loss, and float32 log(sum_j exp(z_ij)) of every row, [N] or in
+another shape of N elements, for losses that are computed from that too (z-loss). It holds all logits, as the code does
+that it stands for.
 
 bfloat16 on Hopper is computed by `fused_loss.py`, all else by `chunked_loss.py`. A compiler is shown plain torch where
 its own code is as fast: on Hopper if the loss is small (SMALL_BYTES), without kernels unless memory is "lean".
@@ -443,17 +444,20 @@ def _linear_cross_entropy_lse(
     divisor: float = 1.0,
     softcap: float = 0.0,
     wide: bool = False,
+    shape: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     chunked.check_operands(hidden, weight, bias, target)
     _one_of("reduction", reduction, REDUCTIONS)
     how = Transform(scale, divisor, softcap, wide)
+    shape = hidden.shape[:1] if shape is None else shape
     if shows_plain(hidden):
         z = _written_out(hidden, weight, bias, how)
-        return F.cross_entropy(z, target, ignore_index=ignore_index, reduction=reduction), z.logsumexp(1)
+        return F.cross_entropy(z, target, ignore_index=ignore_index, reduction=reduction), z.logsumexp(1).view(shape)
     bias, target = _dense(bias, target)
     counted = _counted(target, ignore_index, weight.shape[0])
     call = _Call(ignore_index, how, (), BUDGET["balanced"])
     losses, lse = _LossAndLse.apply(hidden, weight, bias, target, call)
+    lse = lse.view(shape)
     if reduction == "none":
         return losses, lse
     return (losses.sum() / counted.sum() if reduction == "mean" else losses.sum()), lse
@@ -461,7 +465,7 @@ def _linear_cross_entropy_lse(
 
 linear_cross_entropy_lse = define_composite(
     "linear_cross_entropy_lse(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index=-100,"
-    " str reduction='mean', float scale=1.0, float divisor=1.0, float softcap=0.0, bool wide=False)"
-    " -> (Tensor, Tensor)",
+    " str reduction='mean', float scale=1.0, float divisor=1.0, float softcap=0.0, bool wide=False,"
+    " SymInt[]? shape=None) -> (Tensor, Tensor)",
     _linear_cross_entropy_lse,
 )

@@ -139,7 +139,7 @@ def _backward_reference(
     if not need_dweight:
         return dx, x.new_empty(0)
     seen = normed if rounding == "result" else normed.to(x.dtype).to(wide)
-    return dx, (g * seen).flatten(0, -2).sum(0).to(weight.dtype)
+    return dx, (g * seen).sum_to_size(weight.shape).to(weight.dtype)
 
 
 def _check_dense(*tensors: Tensor | None) -> None:
