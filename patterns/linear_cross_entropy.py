@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from liger_compile import ops
+from liger_compile.graph_terms import value_of
 from liger_compile.match import Match
-from liger_compile.ops.linear_cross_entropy import BUDGET
+from liger_compile.ops.linear_cross_entropy import BUDGET, SMALL_BYTES, is_hopper
 from liger_compile.registry import pattern
 from liger_compile.report import size
 
@@ -20,7 +21,19 @@ def check(match: Match) -> str | dict:
     softcap = match.captures.get("softcap", 1)
     if isinstance(softcap, (int, float)) and softcap <= 0:
         return f"the softcap {softcap} is not positive"
+    if match.captures["weight"].op == "by_class" and _is_rounded_twice(match):
+        return "the logits have a scale for each class: the weight would be rounded for it, and the logits are too"
     return {"memory": match.options.loss}
+
+
+def _is_rounded_twice(match: Match) -> bool:
+    """Whether logits of a weight that was scaled, and rounded, are rounded too: all but those of the fused kernels."""
+    (rows, _), weight = match.shape("hidden"), match.captures["weight"]
+    if weight.dtype is torch.float32:
+        return False
+    device = value_of(next(iter(match.view.sources([weight])))).device
+    small = isinstance(rows, int) and rows * weight.shape[0] * weight.dtype.itemsize <= SMALL_BYTES
+    return weight.dtype is not torch.bfloat16 or small or not (device.type == "meta" or is_hopper(device))
 
 
 def effect(match: Match) -> str:

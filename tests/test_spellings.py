@@ -1551,11 +1551,14 @@ if hasattr(F, "linear_cross_entropy"):  # torch 2.13
 
 
 LOSSES = [f for name, f in list(globals().items()) if name.startswith("loss_")]
+BY_CLASS = [f for f in LOSSES if f.__name__.startswith("loss_scaled_by_class")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("function", LOSSES, ids=lambda f: f.__name__)
 def test_linear_cross_entropy(function, dtype):
+    if function in BY_CLASS and dtype is torch.bfloat16:
+        pytest.skip("is left on a CPU: see below")
     h, w, b = torch.randn(6, 8, dtype=dtype), torch.randn(11, 8, dtype=dtype), torch.randn(11, dtype=dtype)
     y = torch.tensor([0, 10, 3, 5, 3, 7])
     report = report_of(function, h, w, b, y)
@@ -1563,6 +1566,14 @@ def test_linear_cross_entropy(function, dtype):
     result = report.graphs[0].after(*ordered(report, h=h, w=w, b=b, y=y))[0]
     torch.testing.assert_close(result, function(h, w, b, y), rtol=2e-2, atol=2e-2)
     assert result.dtype == function(h, w, b, y).dtype
+
+
+@pytest.mark.parametrize("function", BY_CLASS, ids=lambda f: f.__name__)
+def test_scaled_by_class_where_logits_are_rounded(function):
+    """The weight is rounded for the scale; a CPU rounds the logits as well, which would be worse than eager."""
+    h, w, b, y = torch.randn(6, 8), torch.randn(11, 8), torch.randn(11), torch.randint(11, (6,))
+    report = report_of(function, h.bfloat16(), w.bfloat16(), b.bfloat16(), y)
+    assert not report.counts and any("a scale for each class" in m.reason for m in report.misses), report
 
 
 def looked_up(h, w, y):
@@ -1612,8 +1623,7 @@ def test_gradients_of_a_written_out_loss(function, dtype, autocast):
         assert relative_error(mine, true) <= 1.5 * relative_error(theirs, true) + torch.finfo(theirs.dtype).eps
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_gradients_of_a_scale_of_classes(dtype):
+def test_gradients_of_a_scale_of_classes():
     """The weight's rows are scaled, and rounded, where the model scales and rounds logits."""
 
     def step(h, w, s, y):
@@ -1625,7 +1635,7 @@ def test_gradients_of_a_scale_of_classes(dtype):
         loss, logits = function(*operands, y)
         return loss.detach(), *torch.autograd.grad(loss, operands), logits.detach().float()
 
-    h, w, s = (torch.randn(n, dtype=dtype) for n in ((64, 96), (101, 96), 101))
+    h, w, s = (torch.randn(n) for n in ((64, 96), (101, 96), 101))
     w, s, y = w / 10, s.abs(), torch.randint(101, (64,))
     torch._dynamo.reset()
     compiled = torch.compile(step, backend=rewritten(reports := []))

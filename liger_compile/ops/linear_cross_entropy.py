@@ -183,12 +183,15 @@ class _Logits(_Way):
         return chunked.linear_cross_entropy_from_logits(*rows, *call.how, hidden, weight, *call.need)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """What the fused kernels are made for, and measured on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def _can_fuse(hidden: Tensor, weight: Tensor, smoothing: float) -> bool:
-    """Whether the fused kernels take a loss: they are made for Hopper, and measured there."""
+    """Whether the fused kernels take a loss."""
     return (
-        hidden.is_cuda
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(hidden.device) == (9, 0)
+        is_hopper(hidden.device)
         and hidden.dtype is torch.bfloat16
         and smoothing == 0
         and isinstance(weight.shape[0], int)
