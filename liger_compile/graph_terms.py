@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from . import _torch
+from .log import log, warn_once
 from .rules import RULES, Call, NotCanonical, is_arange
 from .terms import Term, Terms, same
 
@@ -335,6 +336,13 @@ def canonical(call: Call, name: str | None, target: Any, args: list[Any], kwargs
             return RULES[name](call, *first, *args, **renamed)
         except (NotCanonical, TypeError):  # TypeError: arguments the rule does not know
             pass
+        except Exception as error:
+            if call.shape is None:  # in a pattern
+                raise
+            warn_once(
+                f"the rule of {name} failed, so that its calls are taken as they are: {type(error).__name__}: {error}"
+            )
+            log.debug("a rule failed", exc_info=True)
     args, kwargs = _complete(target, args, kwargs)
     kwargs = {k: v for k, v in kwargs.items() if not k.startswith("_")}
     bound = _torch.bind_schema(name, args, kwargs) if name is not None else None

@@ -223,6 +223,8 @@ class Matcher:
             if not differences or len(differences) > self.tolerance:
                 continue
             odd = {d.expected for d in differences if isinstance(d.expected, Term)}
+            if len(differences) > 1 and any(p.op == "var" for p in odd):
+                continue  # another operation, of what is no operand: 30 * sigmoid(x) is no gate
             matched = {p for p in state.pairs if p not in odd}
             score = (len(matched) - 0.5 * (len(differences) - 1)) / spelling.operations
             known = {_name(p) for p in matched}

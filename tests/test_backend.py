@@ -21,7 +21,7 @@ from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from torch._subclasses import FakeTensorMode
 
 import liger_compile
-from liger_compile import Options, _torch, backend, make_pattern, pattern, register_pattern, rewrite
+from liger_compile import Options, _torch, backend, make_pattern, pattern, register_pattern, rewrite, rules
 
 
 def norm(x, w):
@@ -376,6 +376,19 @@ def test_a_failure_of_ours_is_no_failure_of_the_users(configs, logged, monkeypat
     assert_like_eager(torch.compile(broken, backend="liger"), broken, operands())
     assert logged == ["rewriting failed, so the graph is compiled as it is: KeyError: 'a bug in the rewriter'"]
     assert configs == [{}, {}]
+
+
+def test_a_failing_rule_costs_its_calls(configs, logged, monkeypatch):
+    def fail(c, x):
+        raise IndexError("a bug in a rule")
+
+    def function(x, w):
+        return layer(torch.sin(x), w) * torch.sin(w)
+
+    monkeypatch.setitem(rules.RULES, "sin", fail)
+    assert liger_compile.explain(function)(*operands()).counts == BOTH
+    told = "the rule of sin failed, so that its calls are taken as they are: IndexError: a bug in a rule"
+    assert logged == [told]
 
 
 def test_a_failing_check(configs, logged, registered):

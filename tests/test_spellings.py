@@ -1935,6 +1935,12 @@ def test_elements_of_one_dimension_cost_no_other_rewrite(name):
     torch.testing.assert_close(report.graphs[0].after(*ordered(report, x=x, w=w, p=p))[0], function(x, w, p))
 
 
+def test_a_scaled_sigmoid_is_told_of_the_loss_alone():
+    """And not as a gate, which it is not."""
+    report = report_of(lambda h, w, y: F.cross_entropy(30 * torch.sigmoid(F.linear(h, w) / 7.5), y), H, V, Y)
+    assert {m.pattern for m in report.misses} == {"linear_cross_entropy"}, report
+
+
 def focal_loss(h, w, y):
     loss = F.cross_entropy(F.linear(h, w).float(), y, reduction="none")
     return ((1 - torch.exp(-loss)) ** 2 * loss).mean()
