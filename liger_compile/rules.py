@@ -623,8 +623,12 @@ def _is_rowwise(x: Term) -> bool:
     """Whether x is a linear layer's output, perhaps scaled or capped, or columns of it: a row depends on one row of
     the input."""
     while x.op == "tanh" or _is_scaled(x) or widens(x) or _is_columns(x):
-        x = x.args[0]
+        x = x.args[0].args[0] if _is_scaled_sigmoid(x) else x.args[0]
     return x.op == "linear"
+
+
+def _is_scaled_sigmoid(x: Term) -> bool:
+    return x.op == "mul" and x.args[0].op == "sigmoid" and isinstance(x.args[1], (int, float))
 
 
 def _is_scaled(x: Term) -> bool:
@@ -1235,6 +1239,15 @@ def _flat_rows(c: Call, x: Term) -> Term:
     return reshape_to(c, x, (math.prod(x.shape[:-1]), x.shape[-1]))
 
 
+def _by_tanh(c: Call, x: Term) -> Term:
+    """2 a sigmoid(b z) -> a tanh((a b / 2 z) / a), which is less by a everywhere, and so the same to a loss of rows."""
+    (logits, b), a = _without_number(x.args[0].args[0]), x.args[1] / 2
+    if not math.isclose(a * b, 2):
+        logits = c.step("mul", logits, a * b / 2, like=logits)
+    argument = c.step("mul", logits, c.terms.make("reciprocal", (a,)), like=logits)
+    return c.step("mul", c.step("tanh", argument, like=argument), a, like=x)
+
+
 def _head(c: Call, x: Term) -> Term:
     """Some columns of a linear layer's output -> the output of a linear layer with some rows of its weight; scaled by
     class, with scaled rows of it, which are rounded in place of the outputs."""
@@ -1245,6 +1258,8 @@ def _head(c: Call, x: Term) -> Term:
         rows, *weights = layer.args
         scaled = [w if w is None else c.terms.make("by_class", (w, scale), w.dtype, w.shape) for w in weights]
         return cast(c, c.terms.make("linear", (rows, *scaled), layer.dtype, x.shape), x.dtype)
+    if _is_scaled_sigmoid(x):
+        return _head(c, _by_tanh(c, x))
     if x.op in ("cast", "mul", "tanh") and isinstance(x.args[0], Term):
         inner = _head(c, x.args[0])
         return x if inner is x.args[0] else c.terms.make(x.op, (inner, *x.args[1:]), x.dtype, x.shape)

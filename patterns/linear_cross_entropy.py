@@ -117,6 +117,14 @@ def softcapped(hidden, weight, bias, target, ignore_index, reduction, label_smoo
     return loss(capped, target, ignore_index, reduction, label_smoothing)
 
 
+@loss_pattern()  # modded-nanogpt, whose sigmoid is written as a tanh
+def scaled_and_softcapped(
+    hidden, weight, bias, target, ignore_index, reduction, label_smoothing, scale, softcap, *, wide: Wide
+):
+    capped = cap(head(hidden, weight, bias, wide) * scale, softcap)
+    return loss(capped, target, ignore_index, reduction, label_smoothing)
+
+
 def rows(logits, target, shape, ignore_index, smoothing, negative):
     """The losses of tokens in the shape of the labels, or the log-probabilities of these."""
     losses = loss(logits, target, ignore_index, "none", smoothing).reshape(shape)

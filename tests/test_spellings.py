@@ -1935,10 +1935,37 @@ def test_elements_of_one_dimension_cost_no_other_rewrite(name):
     torch.testing.assert_close(report.graphs[0].after(*ordered(report, x=x, w=w, p=p))[0], function(x, w, p))
 
 
-def test_a_scaled_sigmoid_is_told_of_the_loss_alone():
-    """And not as a gate, which it is not."""
-    report = report_of(lambda h, w, y: F.cross_entropy(30 * torch.sigmoid(F.linear(h, w) / 7.5), y), H, V, Y)
-    assert {m.pattern for m in report.misses} == {"linear_cross_entropy"}, report
+SIGMOIDS = {
+    "of logits": lambda z: 30 * torch.sigmoid(z / 7.5),
+    "of logits divided by more": lambda z: 30 * torch.sigmoid(z / (7.5 * z.shape[-1] ** 0.5)),
+    "of logits as they are": lambda z: torch.sigmoid(z.float()) * 8,
+    "before the upcast": lambda z: (torch.sigmoid(z * 0.2) * 12).float(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("name", SIGMOIDS)
+def test_a_softcap_by_a_sigmoid(name, dtype):
+    """Which is one by a tanh, and a number for all classes (modded-nanogpt)."""
+
+    def function(h, w, y):
+        z = SIGMOIDS[name](F.linear(h.view(4, 8, 12), w))
+        return F.cross_entropy(z.view(-1, 101), y)
+
+    h, w, y = torch.randn(32, 12).to(dtype), torch.randn(101, 12).to(dtype), torch.randint(101, (32,))
+    report = report_of(function, h, w, y)
+    assert report.counts == {"linear_cross_entropy": 1}, report
+    torch._dynamo.reset()
+    ours, eager = gradients(torch.compile(function, backend=rewritten([])), h, w, y), gradients(function, h, w, y)
+    exact = gradients(function, h.double(), w.double(), y)
+    torch.testing.assert_close(ours[0].double(), exact[0].double(), rtol=torch.finfo(dtype).eps, atol=0)
+    for mine, theirs, true in zip(ours[1:], eager[1:], exact[1:], strict=True):
+        assert relative_error(mine, true) <= 1.05 * relative_error(theirs, true) + torch.finfo(torch.float32).eps
+
+
+def test_a_scaled_sigmoid_is_no_gate():
+    report = report_of(lambda h, w: 30 * torch.sigmoid(F.linear(h, w) / 7.5), H, V)
+    assert not report.counts and not report.misses, report
 
 
 def focal_loss(h, w, y):
