@@ -80,9 +80,10 @@ def cast(c: Call, x: Term, dtype: Any) -> Term:
         return x  # x.to(x.dtype) -> x
     if x.op == "cast" and same(x.args[0].dtype, dtype) and _is_upcast(x.args[0].dtype, x.dtype):
         return x.args[0]  # x.to(wider).to(x.dtype) -> x
-    if x.op in ROUNDED_ONCE and widens(x.args[0]) and same(x.args[0].args[0].dtype, dtype):
-        narrow = x.args[0].args[0]  # silu(x.float()).to(x.dtype) -> silu(x)
-        return c.step(x.op, narrow, *x.args[1:], like=narrow)
+    if x.op in ROUNDED_ONCE and x.dtype is torch.float32 and widens(x.args[0]):
+        narrow = x.args[0].args[0]
+        if same(narrow.dtype, dtype):
+            return c.step(x.op, narrow, *x.args[1:], like=narrow)  # silu(x.float()).to(x.dtype) -> silu(x)
     known = dtype if isinstance(dtype, torch.dtype) else None
     return c.terms.make("cast", (x, dtype), known, x.shape)
 
@@ -399,16 +400,14 @@ def add(c: Call, x: Any, other: Any, *, alpha: Any = 1) -> Term:
 
 @rule("addcmul")
 def _addcmul(c: Call, x: Term, y: Term, z: Term, *, value: Any = 1) -> Term:
-    if not (same(value, 1) or same(value, -1)) or (c.shape is not None and not _is_either(c.shape, y.shape, z.shape)):
-        raise NotCanonical("scales a product, or broadcasts one")
+    if not (same(value, 1) or same(value, -1)):
+        raise NotCanonical("scales a product")
+    if c.shape is not None and not (same(y.shape, c.shape) or same(z.shape, c.shape)):
+        raise NotCanonical("broadcasts a product")
     if c.dtype in (torch.bfloat16, torch.float16):
         raise NotCanonical("does not round the product")
     product = mul(Call(c.terms, _infer_dtype("mul", (y, z)), c.shape), y, z)
     return add(c, x, product) if same(value, 1) else sub(c, x, product)  # x + y * z, x - y * z
-
-
-def _is_either(shape: Any, *shapes: Any) -> bool:
-    return any(same(shape, s) for s in shapes)
 
 
 @rule("sub", "subtract")
@@ -1076,14 +1075,13 @@ def permute(c: Call, x: Term, order: tuple[int, ...]) -> Term:
         return x
     if order[-1] == -1 and _has_rows(x):
         return _of_rows(c, x, lambda y: permute(c, y, order))
-    if x.op == "repeat":  # repeat(x, dim, n).permute(order) -> repeat(x.permute(order), dim', n)
-        inner, dim, n = x.args
-        moved = order.index(dim) - len(order) if dim in order else dim
-        shape = None if x.shape is None else (*x.shape[: len(x.shape) - len(order)], *(x.shape[i] for i in order))
-        return c.step("repeat", permute(c, inner, order), moved, n, dtype=x.dtype, shape=shape)
     shape = None
     if x.shape is not None:
         shape = (*x.shape[: len(x.shape) - len(order)], *(x.shape[i] for i in order))
+    if x.op == "repeat":  # repeat(x, dim, n).permute(order) -> repeat(x.permute(order), dim', n)
+        inner, dim, n = x.args
+        moved = order.index(dim) - len(order) if dim in order else dim
+        return c.step("repeat", permute(c, inner, order), moved, n, dtype=x.dtype, shape=shape)
     return c.step("permute", x, order, dtype=x.dtype, shape=shape)
 
 

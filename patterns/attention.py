@@ -63,12 +63,7 @@ def check_causal(match: Match) -> str | None:
         return f"attends where {seen!r}, which is more than causal"
     if not same(match.shape("query")[-2], match.shape("key")[-2]):
         return "there are not as many keys as queries"
-    return check_groups(match) if has_groups(match) else check_layout(match)
-
-
-def has_groups(match: Match) -> bool:
-    """Whether the model itself tells attention of groups of heads."""
-    return match.spelling.choice.get("enable_gqa", False)
+    return check_kernel(match)
 
 
 def on_gpu(operand: torch.Tensor) -> bool:
@@ -92,6 +87,11 @@ def aligned(operand: torch.Tensor) -> bool:
     step = TILE_BYTES // operand.element_size()
     strides = [s for s, n in zip(outer, operand.shape, strict=False) if not same(n, 1)]
     return all(known_true(s % step == 0) for s in (operand.storage_offset(), *strides))
+
+
+def check_kernel(match: Match) -> str | None:
+    """Where the model itself tells attention of groups of heads, its kernel has to know of them."""
+    return check_groups(match) if match.spelling.choice.get("enable_gqa") else check_layout(match)
 
 
 def check_groups(match: Match) -> str | None:
@@ -122,9 +122,7 @@ def check_everything(match: Match) -> str | None:
     seen = read(match)
     if isinstance(seen, str):
         return seen
-    if seen is not True:
-        return f"attends where {seen!r}, which is not everywhere"
-    return check_groups(match) if has_groups(match) else check_layout(match)
+    return check_kernel(match) if seen is True else f"attends where {seen!r}, which is not everywhere"
 
 
 def check_everything_groups(match: Match) -> str | None:
@@ -213,9 +211,6 @@ def attention_pattern(check, replace, effect, examples=examples, **fixed):
     return pattern(partial(replace, **fixed), check=check, name="attention", examples=examples, effect=effect)
 
 
-Either = Literal[False, True]
-
-
 def spares_half(match: Match) -> str:
     return "half of the scores"
 
@@ -243,7 +238,7 @@ def spares_blocks(match: Match) -> str:
 
 
 @attention_pattern(check_causal, attention, spares_half, attn_mask=None, is_causal=True)
-def masked(query, key, value, attn_mask: torch.Tensor, dropout_p, scale, *, enable_gqa: Either):
+def masked(query, key, value, attn_mask: torch.Tensor, dropout_p, scale, *, enable_gqa: Literal[False, True]):
     return attention(query, key, value, attn_mask, dropout_p, scale=scale, enable_gqa=enable_gqa)
 
 
@@ -255,7 +250,7 @@ def masked_groups(query, key, value, attn_mask: torch.Tensor, dropout_p, scale):
 
 
 @attention_pattern(check_everything, attention, spares_mask, examples_unmasked, attn_mask=None)
-def unmasked(query, key, value, attn_mask: torch.Tensor, dropout_p, scale, *, enable_gqa: Either):
+def unmasked(query, key, value, attn_mask: torch.Tensor, dropout_p, scale, *, enable_gqa: Literal[False, True]):
     return attention(query, key, value, attn_mask, dropout_p, scale=scale, enable_gqa=enable_gqa)
 
 
@@ -272,7 +267,7 @@ def groups(query, key, value, dropout_p, is_causal, scale):
 
 
 @attention_pattern(check_seen, masked_attention, spares_blocks)
-def seen(query, key, value, attn_mask: torch.Tensor, scale, *, enable_gqa: Either):
+def seen(query, key, value, attn_mask: torch.Tensor, scale, *, enable_gqa: Literal[False, True]):
     return attention(query, key, value, attn_mask, 0.0, scale=scale, enable_gqa=enable_gqa)
 
 

@@ -22,7 +22,11 @@ def check(match: Match) -> str | dict[str, Any] | None:
         return f"the gate is {gate.dtype} and the other operand {up.dtype}; the kernel takes floating point"
     if widens(gate) and widened(up) is None and up.dtype is gate.dtype:
         return {"gate": gate.args[0], "wide": True}
-    return check_read(match)
+    if (reason := check_read(match)) is not None:
+        return reason
+    if gate.dtype is not up.dtype and "cast" in (gate.op, up.op):
+        return f"the gate is {gate.dtype} and the other operand {up.dtype}, of which one would be converted beforehand"
+    return None
 
 
 def check_read(match: Match) -> str | None:
@@ -36,7 +40,7 @@ def widened(x: Term) -> Term | None:
     """What x is computed of in more precision than it has, if it is element by element and of nothing else."""
     while not widens(x):
         tensors = [a for a in x.args if isinstance(a, Term) and not a.is_number]
-        if x.op not in ("clamp", "add", "sub", "mul", "div", "slice", "reshape") or len(tensors) != 1:
+        if x.op not in ("clamp", "add", "sub", "mul", "slice", "reshape") or len(tensors) != 1:
             return None
         x = tensors[0]
     return x.args[0]

@@ -575,6 +575,22 @@ def test_when_flex_attention_is_taken(function, length, dtype, width, reason):
         assert not report.counts and reason in report.misses[0].reason, report
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_groups_that_the_model_names_on_a_gpu(padded):
+    """Flash attention knows of them, and so does FlexAttention."""
+
+    def function(q, k, v, padding):
+        i = torch.arange(q.shape[2], device=q.device)
+        mask = i[:, None] >= i
+        mask = mask & (padding != 0)[:, None, None, :] if padded else mask
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    q, *kv = (torch.empty(2, n, 1024, 64, dtype=torch.bfloat16, device="meta") for n in (4, 2, 2))
+    report = report_of(function, q, *kv, torch.ones(2, 1024, dtype=torch.int64, device="meta"))
+    assert report.counts == {"attention": 1}, report
+    assert ("masked_attention" in report.graphs[0].after.code) == padded
+
+
 @pytest.mark.parametrize("function, length", [(causal_and_padded, 100), (bidirectional, 1024)])
 def test_flex_attention_on_request(function, length):
     q, k, v = (torch.empty(2, 4, length, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))

@@ -538,6 +538,10 @@ def test_an_activation_in_float32_that_is_rounded_is_that_of_the_operand():
         torch.testing.assert_close(after(*ordered(report, g=g, u=u))[0], function(g, u), rtol=0, atol=0)
 
 
+def test_an_activation_in_float64_is_not_that_of_float32():
+    assert not report_of(lambda g, u: F.silu(g.double()).float() * u, torch.randn(4, 6), torch.randn(4, 6)).counts
+
+
 @pytest.mark.parametrize("how", ["cast", "clamped", "added"])
 def test_a_unit_whose_operands_would_be_written_in_float32_is_left(how):
     """Inductor computes them in the kernel that multiplies; here they would be twice as many bytes, written and read."""
@@ -1817,6 +1821,7 @@ NEAR_MISSES = [
     ("swiglu", r"up is 2", silu_mutated, (G, U)),
     ("swiglu", r"float64", lambda g, u: F.silu(g) * u, (G.double(), U.double())),
     ("swiglu", r"up is torch.float32, made of torch.bfloat16", lambda g, u: F.silu(g) * u.float(), (G.bfloat16(), U.bfloat16())),
+    ("swiglu", r"converted beforehand", lambda g, u: F.silu(g.bfloat16()) * u, (G, U)),
     ("swiglu", r"sigmoid.*silu", lambda g, u: g * torch.sigmoid(1.702 * g) * u, (G, U)),
     ("rope", r"neg", lambda x, c, s: rotated(x, c, s, lambda x: torch.cat((x[..., 4:], x[..., :4]), -1)), (Q, COS, SIN)),
     ("rope", r"neg", lambda x, c, s: rotated(x, c, s, lambda x: torch.cat((-x[..., 4:], -x[..., :4]), -1)), (Q, COS, SIN)),
