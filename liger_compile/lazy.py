@@ -12,11 +12,13 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .graph_terms import value_of
@@ -77,11 +79,14 @@ class _State:
 
     recipe: Recipe
     inputs: tuple[Any, ...]
-    versions: tuple[int | None, ...]
+    versions: tuple[Any, ...]
     with_grad: bool
     value: Tensor | None = None
     plain: Tensor | None = None
     """The value without a gradient history: all there is below autograd."""
+    unchanged: dict[str, Any] = field(default_factory=dict)
+    """The versions of these two when they were made. Tensors of the value are written to in place; what is converted
+    from it before that, and computed later, is not of that."""
     steps: int | None = None
     """How many steps optimizers had made, for weights that FSDP writes without a change of their version."""
 
@@ -91,19 +96,30 @@ class _State:
 
     def compute(self) -> Tensor:
         """The value with its gradient history, computed once."""
-        if self.value is None:
+        if not self.has("value"):
             self.check()
             with torch.set_grad_enabled(self.with_grad):
-                self.value = self.recipe.compute(self.inputs)
+                self.keep("value", self.recipe.compute(self.inputs))
         return self.value
 
     def compute_plain(self) -> Tensor:
         """The value without its history, for code that runs below autograd."""
-        if self.plain is None:
-            self.check()
-            with torch.no_grad():
-                self.plain = self.recipe.compute(self.inputs) if self.value is None else self.value.detach()
+        if not self.has("plain"):
+            if self.has("value"):
+                self.keep("plain", self.value.detach())
+            else:
+                self.check()
+                with torch.no_grad():
+                    self.keep("plain", self.recipe.compute(self.inputs))
         return self.plain
+
+    def has(self, name: str) -> bool:
+        kept = getattr(self, name)
+        return kept is not None and self.unchanged[name] == _version(kept)
+
+    def keep(self, name: str, value: Tensor) -> None:
+        setattr(self, name, value)
+        self.unchanged[name] = _version(value)
 
     def check(self) -> None:
         if any(map(_is_freed, self.inputs)):
@@ -111,8 +127,11 @@ class _State:
                 "these logits were never read, and the weights they are computed from have been freed since, as FSDP "
                 'does after backward(). Read them before, or compile with options={"liger.logits": "keep"}.'
             )
-        stepped = self.steps is not None and self.steps != _steps()[0]
-        if stepped or self.versions != tuple(map(_version, self.inputs)):
+        if self.steps is None:
+            changed = self.versions != tuple(map(_version, self.inputs))
+        else:  # FSDP gives weights other memory without changing them
+            changed = self.steps != _steps()[0]
+        if changed:
             raise RuntimeError(
                 "these logits were never read, and the weights they are computed from have changed since. Read them "
                 'before optimizer.step(), or compile with options={"liger.logits": "keep"}.'
@@ -124,15 +143,25 @@ class _Own:
     """What tells the tensors of one value apart."""
 
     casts: tuple[torch.dtype, ...]
-    """The conversions a tensor has gone through; each may round."""
+    """The conversions a tensor has gone through; each may round. One to the dtype it had is a copy."""
     value: Tensor | None = None
     """What it has become. Changes in place are made to this, and stay."""
+    node: Any = None
+    """The tensor's place in the autograd graph when the value had the same history."""
+    plain: Tensor | None = None
+    """The value without its history, where nothing asked for that."""
+    inner: Tensor | None = None
+    """What compilers are given in the tensor's place."""
     hooks: dict[int, Callable[[Tensor], Any]] = field(default_factory=collections.OrderedDict)
     """What was asked to see the gradient before there was a value."""
 
 
-def _version(value: Any) -> int | None:
-    return None if not isinstance(value, Tensor) or value.is_inference() else value._version
+def _version(value: Any) -> Any:
+    """What changes when a tensor is written to, or is given other memory (`p.data = ...`, `model.half()`). Nothing of
+    it does where memory is written to behind autograd's back (`p.data.add_(...)`)."""
+    if not isinstance(value, Tensor):
+        return None
+    return None if value.is_inference() else value._version, value.data_ptr()
 
 
 @functools.cache
@@ -147,8 +176,8 @@ def _steps() -> list[int]:
     return made
 
 
-def _call_hook(hooks: dict[int, Callable[[Tensor], Any]], key: int, gradient: Tensor) -> Any:
-    return hooks[key](gradient) if key in hooks else None  # else it was removed
+def _call_hook(hooks: dict[int, Callable[[Tensor], Any]], key: int, gradient: Tensor | None) -> Any:
+    return hooks[key](gradient) if key in hooks and gradient is not None else None  # else it was removed
 
 
 def _is_freed(value: Any) -> bool:
@@ -157,7 +186,8 @@ def _is_freed(value: Any) -> bool:
 
 
 class _Defer(torch.autograd.Function):
-    """Gives a `LazyTensor` a place in the autograd graph, for code that reads it below Python's level.
+    """Gives a `LazyTensor` a place in the autograd graph, for code that takes its history from it and not from its
+    value: autograd functions of others (DDP and activation checkpoints have some), and all below Python's level.
 
     Python code reads the computed value, which has a history of its own; this one is then not used.
     """
@@ -165,21 +195,55 @@ class _Defer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, state: _State, *inputs: Any) -> Tensor:
         ctx.state = state
+        ctx.set_materialize_grads(False)
         like = state.recipe.shape_of(inputs)
         device = next(i.device for i in inputs if isinstance(i, Tensor))
         return LazyTensor(state, like.shape, like.stride(), state.recipe.dtype, device)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        state = ctx.state
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:
+        state, needed = ctx.state, ctx.needs_input_grad[1:]
+        if gradient is None:
+            return None, *(None for _ in needed)
         state.check()
+        twice = torch.is_grad_enabled()
         with torch.enable_grad():
-            leaves = [i.detach().requires_grad_(i.requires_grad) if isinstance(i, Tensor) else i for i in state.inputs]
-            value = state.recipe.compute(leaves)
-        wanted = [i for i, needed in zip(leaves, ctx.needs_input_grad[1:], strict=True) if needed]
-        found = iter(torch.autograd.grad(value, wanted, gradient))
-        return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
+            # Each is a tensor of its own, should one be given twice.
+            inputs = [i.view_as(i) if n else i for i, n in zip(state.inputs, needed, strict=True)]
+            value = state.recipe.compute(inputs)
+        wanted = [i for i, n in zip(inputs, needed, strict=True) if n]
+        found = iter(torch.autograd.grad(value, wanted, gradient, create_graph=twice))
+        return None, *(next(found) if n else None for n in needed)
+
+
+class _Read(torch.autograd.Function):
+    """The values of a `LazyTensor`, with its history."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: LazyTensor) -> Tensor:
+        return lazy.compute_plain().detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class _Become(torch.autograd.Function):
+    """Gives a `LazyTensor` the history of its value."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: LazyTensor, value: Tensor) -> LazyTensor:
+        ctx.mark_dirty(lazy)
+        return lazy
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
+
+
+def _with_history(function: type[torch.autograd.Function], *args: Tensor) -> Tensor:
+    with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+        return function.apply(*args)
 
 
 class LazyTensor(torch.Tensor):
@@ -187,6 +251,7 @@ class LazyTensor(torch.Tensor):
 
     _state: _State
     _own: _Own
+    _inner: Tensor | None = None
 
     @staticmethod
     def __new__(
@@ -209,56 +274,161 @@ class LazyTensor(torch.Tensor):
 
     def compute(self) -> Tensor:
         """The values as an ordinary tensor, with their gradient history."""
-        if self._own.value is None:
+        own = self._own
+        if not self.requires_grad:
+            own.value = self.compute_plain() if own.value is None else own.value
+        elif own.value is None and own.plain is None and self._history_is_own():
             value = self._state.compute()
             with torch.set_grad_enabled(self._state.with_grad):
-                value = _cast(value, self._own.casts)
-            self._own.value = value if self.requires_grad else value.detach()  # converted under no_grad
-            for key in self._own.hooks:
-                self._own.value.register_hook(functools.partial(_call_hook, self._own.hooks, key))
-        return self._own.value
+                own.value = _cast(value, own.casts)
+            for key in own.hooks:
+                own.value.register_hook(functools.partial(_call_hook, own.hooks, key))
+        elif own.value is None or self.grad_fn is not own.node:
+            own.value = _with_history(_Read, self)
+        own.node = self.grad_fn
+        return own.value
+
+    def _history_is_own(self) -> bool:
+        """Whether autograd knows this as the recipe's result, converted, which is what its value then is. It does not
+        where somebody's autograd function returned it, or where it was made a leaf."""
+        node = self.grad_fn
+        while node is not None and node.name() in _PASSING:
+            node = node.next_functions[0][0]
+        return getattr(node, "state", None) is self._state
+
+    def _set_history(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> LazyTensor:
+        """`requires_grad_` and `detach_`, of which the value must know."""
+        with torch._C.DisableTorchFunctionSubclass():
+            func(self, *args, **kwargs)
+        if self._own.value is not None and not self.requires_grad:
+            self._own.value = self._own.value.detach()
+        return self
+
+    def _changed(self) -> None:
+        """After something wrote to the value, or asked for its gradient: its history is the tensor's."""
+        value = self.compute()
+        if (value.shape, value.stride(), value.dtype) != (self.shape, self.stride(), self.dtype):
+            raise RuntimeError(
+                "logits that are computed on demand do not take another shape or dtype in place. Write x = "
+                'x.unsqueeze(0) and the like, or compile with options={"liger.logits": "keep"}.'
+            )
+        if value.requires_grad:
+            _with_history(_Become, self, value)
+            self._own.node = self.grad_fn
+        elif self.requires_grad:
+            with torch._C.DisableTorchFunctionSubclass():
+                self.detach_()
 
     def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
         """Computes nothing: FSDP registers a hook on each output of a model."""
         if self._own.value is not None or not self.requires_grad:
-            return self.compute().register_hook(hook)
+            handle = self.compute().register_hook(hook)
+            self._changed()
+            return handle
         if str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("torch.distributed.fsdp"):
             self._state.steps = _steps()[0]
         handle = RemovableHandle(self._own.hooks)
         self._own.hooks[handle.id] = hook
+        with torch._C.DisableTorchFunctionSubclass():  # gradients come here, or to the value
+            super().register_hook(functools.partial(_call_hook, self._own.hooks, handle.id))
         return handle
 
     def compute_plain(self) -> Tensor:
         """The values without their history, for code that runs below autograd."""
-        if self._own.value is not None:
-            return self._own.value.detach()
-        return _cast(self._state.compute_plain(), self._own.casts)
+        own = self._own
+        if own.value is not None:
+            return own.value.detach()
+        if own.plain is None:
+            own.plain = _cast(self._state.compute_plain(), own.casts)
+        return own.plain
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in ("__get__", "__repr__"):
-            name = getattr(getattr(func, "__self__", None), "__name__", name)
-        x = args[0] if args else None
-        lazily = name in _CASTS and isinstance(x, LazyTensor) and not x.computed and _only_casts(args, kwargs)
-        if name in _METADATA or lazily:
+        # Where a function is compiled that is given this, in Python as it is traced, and below it.
+        if torch.compiler.is_dynamo_compiling() or _is_traced(args, kwargs):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        return func(*_replace(args, LazyTensor.compute), **_replace(kwargs, LazyTensor.compute))
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__", "__repr__"):
+            accessor, name = name, getattr(getattr(func, "__self__", None), "__name__", name)
+            name = f"{name}=" if accessor == "__set__" else name
+        x = args[0] if args else None
+        of_itself = name in ("grad", "grad=") and isinstance(x, LazyTensor) and (x._own.value is None or x.is_leaf)
+        if name in _METADATA or of_itself or _stays_lazy(name, args, kwargs):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if name in _OF_HISTORY and isinstance(x, LazyTensor):
+            return x._set_history(func, *args[1:], **kwargs)
+        read: list[LazyTensor] = []
+
+        def compute(lazy: LazyTensor) -> Tensor:
+            read.append(lazy)
+            return lazy.compute()
+
+        args, kwargs = _replace(args, compute), _replace(kwargs, compute)
+        before = [_version(lazy.compute()) for lazy in read]
+        result = func(*args, **kwargs)
+        for lazy, version in zip(read, before, strict=True):
+            if name == "retain_grad" or _version(lazy.compute()) != version:
+                lazy._changed()
+                result = lazy if result is lazy._own.value else result
+        return result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What reaches the tensor without passing through Python first."""
         kwargs = kwargs or {}
+        if _is_traced(args, kwargs):
+            return _dispatch_traced(func, args, kwargs)
         x = args[0] if args else None
-        if func in _STILL_LAZY and isinstance(x, LazyTensor) and _only_casts(args, kwargs):
+        if func in _STILL_LAZY and isinstance(x, LazyTensor) and x._own.value is None and _only_casts(args, kwargs):
             dtype = kwargs.get("dtype") or x.dtype
-            return LazyTensor(x._state, x.shape, x.stride(), dtype, x.device, (*x._own.casts, dtype))
+            casts = x._own.casts if func is torch.ops.aten.detach.default else (*x._own.casts, dtype)
+            return LazyTensor(x._state, x.shape, x.stride(), dtype, x.device, casts)
+        changes = func._schema.is_mutable and isinstance(x, LazyTensor)
+        if changes and x._own.value is None:
+            x._own.value = x.compute_plain().clone()  # its history is what autograd makes of the change
         result = func(*_replace(args, LazyTensor.compute_plain), **_replace(kwargs, LazyTensor.compute_plain))
-        return x if func._schema.is_mutable and isinstance(x, LazyTensor) else result
+        return x if changes else result
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        """What a compiler takes that is given this as an input."""
+        return ["inner_values"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], _: None, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+        return LazyTensor.traced(inner["inner_values"], size, stride)
+
+    @classmethod
+    def traced(cls, values: Tensor, size: Sequence[int], stride: Sequence[int]) -> LazyTensor:
+        """What stands for such a tensor in a compiler."""
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, size, strides=stride, dtype=values.dtype, device=values.device, requires_grad=values.requires_grad
+        )
+        self._inner = values
+        return self
+
+    def _stable_hash_for_caching(self) -> str:
+        """What a compiler keeps depends on no more than on the kind of values."""
+        kind = tuple(self.shape), self.stride(), self.dtype, self.device, self.requires_grad
+        return f"liger_compile.LazyTensor{kind}"
+
+    @property
+    def inner_values(self) -> Tensor:
+        """For a compiler: in a storage of its own over the same memory, since this tensor's storage is known to it as
+        that of another tensor."""
+        if self._inner is not None:
+            return self._inner
+        own = self._own
+        now = self.compute_plain() if own.value is None else own.value
+        if own.inner is None or own.inner.data_ptr() != now.data_ptr():
+            own.inner = torch.from_dlpack(now.detach())
+        return own.inner
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        if self._inner is not None:
+            return f"LazyTensor({self._inner})"
         if self.computed:
             return repr(self.compute())
         return f"LazyTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, not computed yet)"
@@ -270,6 +440,20 @@ class LazyTensor(torch.Tensor):
         return self.compute().detach().__reduce_ex__(protocol)
 
 
+def _is_traced(args: Any, kwargs: Any) -> bool:
+    return any(type(x) is LazyTensor and x._inner is not None for x in tree_leaves((args, kwargs)))
+
+
+def _dispatch_traced(func: Any, args: Any, kwargs: Any) -> Any:
+    """For a compiler that traces a function of a `LazyTensor`: what is computed of that is ordinary."""
+    x = args[0] if args else None
+    result = func(*_replace(args, attrgetter("inner_values")), **_replace(kwargs, attrgetter("inner_values")))
+    if func in _SAME:  # an input stays what it is
+        return LazyTensor.traced(result, result.shape, result.stride())
+    return x if func._schema.is_mutable and isinstance(x, LazyTensor) else result
+
+
+_SAME = frozenset((torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.clone.default))
 _METADATA = frozenset(
     """shape dtype device ndim layout requires_grad is_leaf names itemsize nbytes is_cuda is_cpu is_meta is_sparse
     is_sparse_csr is_quantized is_nested is_mkldnn is_xpu dim ndimension size stride numel nelement element_size
@@ -277,12 +461,20 @@ _METADATA = frozenset(
     __hash__ _base _is_view grad_fn output_nr""".split()  # noqa: SIM905
 )
 _CASTS = frozenset(("to", "float", "half", "bfloat16", "double", "type", "type_as"))
-_STILL_LAZY = frozenset((torch.ops.aten._to_copy.default, torch.ops.aten.detach.default))
+_STILL_LAZY = frozenset((torch.ops.aten._to_copy.default, torch.ops.aten.detach.default, torch.ops.aten.clone.default))
+_OF_HISTORY = frozenset(("requires_grad_", "requires_grad=", "detach_"))
+_PASSING = frozenset(("ToCopyBackward0", "CloneBackward0"))
+
+
+def _stays_lazy(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    if not args or not isinstance(args[0], LazyTensor) or args[0].computed:
+        return False
+    return _only_casts(args, kwargs) if name in _CASTS else name == "clone" and not (args[1:] or kwargs)
 
 
 def _cast(value: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:
     for dtype in dtypes:
-        value = value.to(dtype)
+        value = value.to(dtype, copy=True)
     return value
 
 

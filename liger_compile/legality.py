@@ -111,7 +111,8 @@ def check(site: Site, defer: bool) -> Site:
         if isinstance(found, str):
             raise Illegal(found, site.outputs[0])
         site = dataclasses.replace(site, match=site.match.with_operands(found or {}))
-    _check_mutation(site)
+    # Results on demand are computed from the operands when the graph is done.
+    _check_mutation(site, site.match.view.nodes[-1] if returned else site.before)
     return dataclasses.replace(site, deferred=returned)
 
 
@@ -158,13 +159,14 @@ def _check_order(site: Site) -> None:
                 raise Illegal(f"{output.name} is used by {user.name} before all operands are known", user)
 
 
-def _check_mutation(site: Site) -> None:
+def _check_mutation(site: Site, until: fx.Node) -> None:
     view = site.match.view
     for node, term in sources(site.match).items():
         seen = view.version.get(term, view.writes_before(node, node, inclusive=True))
-        if view.writes_before(node, site.before) != seen:
+        if view.writes_before(node, until) != seen:
             writer = view.mutations[_torch.storage_key(value_of(node))][seen]
-            raise Illegal(f"{node.name} is changed in place by {writer.name} in between", writer)
+            when = "in between" if until is site.before else "before what is returned could be computed from it"
+            raise Illegal(f"{node.name} is changed in place by {writer.name} {when}", writer)
 
 
 def _check_other_users(site: Site, defer: bool) -> tuple[fx.Node, ...]:

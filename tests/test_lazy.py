@@ -148,7 +148,8 @@ READS = {
     "topk": lambda z: z.topk(3).values,
     "view": lambda z: z.view(-1, 2, 11),
     "detach": lambda z: z.detach(),
-    "clone": lambda z: z.clone(),
+    "clone": lambda z: z.clone() + 0,
+    "clone in another layout": lambda z: z.clone(memory_format=torch.contiguous_format),
     "cpu": lambda z: z.cpu(),
     "copying cast": lambda z: z.to(torch.float16, copy=True),
     "arithmetic": lambda z: 1 + z * 2 - z / 3,
@@ -242,6 +243,14 @@ LOSSES = {
     "logits twice": lambda loss, logits: logits.mean() + logits.float().logsumexp(-1).square().mean(),
     "read before": lambda loss, logits: (logits.argmax(-1), loss)[1],
     "a function below Python": lambda loss, logits: Doubled.apply(logits).square().mean(),
+    "another's output": lambda loss, logits: loss + Doubled.apply(logits.clone()).square().mean(),
+    "cloned by another, read": lambda loss, logits: sum(part.square().mean() for part in Cloned.apply(loss, logits)),
+    "written to, then given to another": lambda loss, logits: Doubled.apply(logits.div_(3)).square().mean(),
+    "converted, written to, given to another": lambda loss, logits: Doubled.apply(logits.double().mul_(3)).mean(),
+    "cloned, written to": lambda loss, logits: logits.mean() + logits.clone().mul_(logits).mean(),
+    "written to by another": lambda loss, logits: (Halved.apply(logits), logits.square().mean())[1],
+    "read, written to by another": lambda loss, logits: (logits.sum(), Halved.apply(logits), logits.square().mean())[2],
+    "made by another": lambda loss, logits: loss + Passed.apply(logits).square().mean(),
     "converted without gradient": lambda loss, logits: loss + (logits - logits_without_gradient(logits)).square().sum(),
     "z loss": lambda loss, logits: loss + 1e-2 * torch.logsumexp(logits.float(), -1).square().mean(),
 }
@@ -264,6 +273,44 @@ class Doubled(torch.autograd.Function):
         return g * 2
 
 
+class Cloned(torch.autograd.Function):
+    """As DDP does with all outputs of a model, where it looks for parameters without a gradient."""
+
+    @staticmethod
+    def forward(ctx, *outputs):
+        ctx.set_materialize_grads(False)
+        return tuple(z.clone() for z in outputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients
+
+
+class Halved(torch.autograd.Function):
+    """In place."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.mark_dirty(z)
+        return z.mul_(0.5)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 0.5
+
+
+class Passed(torch.autograd.Function):
+    """Returns what it is given, converted without a history of its own, as a checkpointed model's logits are."""
+
+    @staticmethod
+    def forward(ctx, z):
+        return z.double()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.float() * 7
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients(case, name):
     assert_same_gradients(case, LOSSES[name])
@@ -275,6 +322,66 @@ def test_converted_under_no_grad_is_a_constant(case):
         target = z.double()
     assert isinstance(target, LazyTensor) and not target.requires_grad
     assert not (target * 2).requires_grad and (z * 2).requires_grad
+
+
+def test_unread_logits_that_another_clones_are_never_computed(case, monkeypatch):
+    """Nor is a gradient of zero sent through their product."""
+    monkeypatch.setattr(Recipe, "compute", lambda *_: pytest.fail("computed"))
+    loss, z = Cloned.apply(*case.compiled(case.h, case.w, case.y))
+    assert isinstance(z, LazyTensor) and z.requires_grad
+    ours, eager = case.gradients(loss), case.gradients(head(case.h, case.w, case.y)[0])
+    for o, e in zip(ours, eager, strict=True):
+        assert relative_error(o, e) <= (1e-5 if e.dtype is torch.float32 else 2e-2)
+
+
+def test_a_model_that_another_calls(case):
+    """A reentrant checkpoint: the model runs without gradients, and its outputs get a history from outside."""
+
+    class Around(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h, model):
+            return model(h, case.w, case.y)[1]
+
+        @staticmethod
+        def backward(ctx, g):
+            return g @ case.w.detach(), None
+
+    gradients = []
+    for model in (case.compiled, head):
+        z = Around.apply(case.h, model)
+        assert z.requires_grad
+        gradients += torch.autograd.grad(z.square().mean(), case.h)
+    assert relative_error(*gradients) <= (1e-5 if case.h.dtype is torch.float32 else 2e-2)
+
+
+def test_converted_before_the_original_is_written_to(case):
+    ours, eager = case.lazy(), case.eager()
+    copies = [(z.double(), z.clone()) for z in (ours, eager)]
+    for z in (ours, eager):
+        z.mul_(2)
+    for o, e in zip(*copies, strict=True):
+        assert torch.equal(o, e)
+    assert torch.equal(ours, eager)
+
+
+def test_history_in_place(case):
+    z = case.lazy()
+    assert z.detach_() is z and not z.requires_grad and not z.computed
+    assert torch.equal(z.requires_grad_(), case.eager()) and z.is_leaf
+    (z * 3).sum().backward()
+    assert torch.equal(z.grad, torch.full_like(case.eager(), 3))
+    z = case.lazy()
+    z.sum()
+    z.detach_()
+    assert not z.requires_grad and not (z * 2).requires_grad
+
+
+@pytest.mark.parametrize("change", [lambda z: z.unsqueeze_(0), lambda z: z.t_(), lambda z: z.resize_(2, 11)])
+def test_another_shape_in_place_is_an_error(case, change):
+    with torch.no_grad():
+        z = case.lazy()
+        with pytest.raises(RuntimeError, match=r"do not take another shape .* in place.*\"liger.logits\": \"keep\""):
+            change(z)
 
 
 def test_incoming_gradient(case):
@@ -297,6 +404,20 @@ def test_hooks_and_retained_gradients(case):
             z.square().mean().backward()
             results.append(z.grad)
         assert torch.equal(*seen) and torch.equal(*results)
+
+
+def test_hooks_and_retained_gradients_where_another_reads(case):
+    seen, results = [], []
+    for make in (case.lazy, case.eager):
+        z = make()
+        z.register_hook(lambda g: g * 2)
+        z.register_hook(seen.append)
+        Doubled.apply(z).sum().backward()
+        z = make()
+        z.retain_grad()
+        Doubled.apply(z).sum().backward()
+        results.append(z.grad)
+    assert torch.equal(*seen) and torch.equal(*results)
 
 
 def test_hooks_of_what_is_not_read(case):
@@ -349,6 +470,17 @@ def test_second_derivative_through_logits():
         assert relative_error(ours, eager) < 1e-5
 
 
+def test_second_derivative_through_anothers_function():
+    """Whose incoming gradient is a constant."""
+    case = Case()
+
+    def penalty(z):
+        gradient = torch.autograd.grad(Doubled.apply(z).sum(), case.h, create_graph=True)[0]
+        return torch.autograd.grad(gradient.square().sum(), case.w)[0]
+
+    assert relative_error(penalty(case.lazy()), penalty(case.eager())) < 1e-5
+
+
 # ---- when the weights change -----------------------------------------------------------------------------------------
 
 CHANGED = r"these logits were never read, and the weights .* have changed since.*before optimizer\.step\(\)"
@@ -385,6 +517,35 @@ def test_gradient_of_unread_logits_after_a_change():
             case.w.add_(1)
         with pytest.raises(RuntimeError, match=CHANGED):
             total.backward()
+
+
+def test_weights_in_other_memory(case):
+    """As after `model.half()`, or of an optimizer that replaces them."""
+    _, z = case.compiled(case.h, case.w, case.y)
+    case.w.data = case.w.data * 2
+    with pytest.raises(RuntimeError, match=CHANGED):
+        z.sum()
+
+
+@pytest.mark.parametrize("place", ["weight", "hidden"])
+def test_a_graph_that_writes_to_operands_after_the_loss(place):
+    """What is returned would be computed from what they become."""
+
+    def function(h, w, y):
+        h = h.sin()
+        loss, logits = head(h, w, y)
+        with torch.no_grad():
+            (w if place == "weight" else h).mul_(0.5)
+        return loss, logits
+
+    case, reports = Case(), []
+    with torch.no_grad():
+        ours = torch.compile(function, backend=rewritten(reports))(case.h, case.w.clone(), case.y)
+        eager = function(case.h, case.w.clone(), case.y)
+    if place == "weight":
+        assert reports[0].counts == {} and "is changed in place by" in str(reports[0])
+    for o, e in zip(ours, eager, strict=True):
+        assert relative_error(o, e) < 1e-5
 
 
 # ---- modes -----------------------------------------------------------------------------------------------------------
@@ -453,20 +614,32 @@ def test_keep(case):
     assert any("returned" in m.reason for m in reports[0].misses if m.pattern == "linear_cross_entropy")
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_read_in_another_compiled_function(backend):
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "prepare", [lambda z: z, lambda z: z.double().float(), lambda z: z.mul_(2), lambda z: z.clone()]
+)
+def test_read_in_another_compiled_function(backend, prepare):
     case = Case()
 
     def read(z, x):
         return (z * x).softmax(-1).argmax(-1), (z.float() * x).square().mean()
 
-    compiled = torch.compile(read, backend=backend)
+    compiled = torch.compile(read, backend=backend, fullgraph=True)
     for _ in range(2):
-        predictions, loss = compiled(case.lazy(), case.h.sum())
-        expected, eager = read(case.eager(), case.h.sum())
+        predictions, loss = compiled(prepare(case.lazy()), case.h.sum())
+        expected, eager = read(prepare(case.eager()), case.h.sum())
         assert torch.equal(predictions, expected)
         for ours, theirs in zip(case.gradients(loss), case.gradients(eager), strict=True):
             assert relative_error(ours, theirs) < 1e-5
+
+
+def test_written_to_in_another_compiled_function():
+    case = Case()
+    halve = torch.compile(lambda z: z.mul_(0.5).sum(), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        ours, eager = case.lazy(), case.eager()
+        assert relative_error(halve(ours), halve(eager)) < 1e-5
+        assert relative_error(ours + 0, eager) < 1e-6
 
 
 def test_several_outputs_of_one_kind():
