@@ -7,7 +7,7 @@ import copy
 import functools
 import hashlib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -448,6 +448,23 @@ def flex_attention(query: Any, key: Any, value: Any, blocks: Any, tensors: tuple
     options = module._apply_kernel_options(query, key, value, False, None)
     out, _, _ = operator(query, key, value, module._identity, blocks.as_tuple(), scale, options, (), tensors)
     return out
+
+
+@contextlib.contextmanager
+def uncompiled(function: Callable[..., Any]) -> Iterator[None]:
+    """Modules on which `.compile()` was called, as they were before: called, they would run what that compiled.
+
+    Checked on 2.11, 2.13.
+    """
+    modules = function.modules() if isinstance(function, torch.nn.Module) else ()
+    compiled = {m: m._compiled_call_impl for m in modules if m._compiled_call_impl is not None}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, implementation in compiled.items():
+            module._compiled_call_impl = implementation
 
 
 def fingerprint() -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import handed
+from . import _torch, handed
 from .options import split_options
 from .report import Report
 from .rewrite import rewrite
@@ -23,7 +23,8 @@ def explain(function: Callable[..., Any], **options: Any) -> Callable[..., Repor
         function: a module or any function that torch.compile takes.
         options: `options={"liger.disable": [...], ...}`, as for torch.compile.
 
-    The rewritten graphs run uncompiled, so this is quick, needs no GPU and shows the graphs a compilation would see.
+    The rewritten graphs run uncompiled, so this is quick, needs no GPU and shows the graphs a compilation would see. It
+    resets Dynamo: what was compiled before in this process is compiled again when it is next called.
     """
     ours, _ = split_options(options.pop("options", None))
     if options:
@@ -42,7 +43,8 @@ def explain(function: Callable[..., Any], **options: Any) -> Callable[..., Repor
 
         torch._dynamo.reset()
         try:
-            torch.compile(function, backend=backend)(*args, **kwargs)
+            with _torch.uncompiled(function):
+                torch.compile(function, backend=backend)(*args, **kwargs)
         finally:
             torch._dynamo.reset()
         return report

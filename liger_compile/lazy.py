@@ -146,7 +146,9 @@ class _Own:
     """The conversions a tensor has gone through; each may round. One to the dtype it had is a copy."""
     value: Tensor | None = None
     """What it has become. Changes in place are made to this, and stay."""
-    node: Any = None
+    origin: int | None = None
+    """The value's place in the autograd graph when it was computed. Writing to it, or to a view of it, moves it."""
+    node: int | None = None
     """The tensor's place in the autograd graph when the value had the same history."""
     plain: Tensor | None = None
     """The value without its history, where nothing asked for that."""
@@ -176,6 +178,11 @@ def _steps() -> list[int]:
     return made
 
 
+def _place(x: Tensor) -> int | None:
+    """What tells a tensor's place in the autograd graph from others, and keeps none of it alive."""
+    return None if x.grad_fn is None else x.grad_fn._sequence_nr()
+
+
 def _call_hook(hooks: dict[int, Callable[[Tensor], Any]], key: int, gradient: Tensor | None) -> Any:
     return hooks[key](gradient) if key in hooks and gradient is not None else None  # else it was removed
 
@@ -198,7 +205,9 @@ class _Defer(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         like = state.recipe.shape_of(inputs)
         device = next(i.device for i in inputs if isinstance(i, Tensor))
-        return LazyTensor(state, like.shape, like.stride(), state.recipe.dtype, device)
+        lazy = LazyTensor(state, like.shape, like.stride(), state.recipe.dtype, device)
+        ctx.own = lazy._own
+        return lazy
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:
@@ -206,10 +215,15 @@ class _Defer(torch.autograd.Function):
         if gradient is None:
             return None, *(None for _ in needed)
         state.check()
-        twice = torch.is_grad_enabled()
+        twice, own = torch.is_grad_enabled(), ctx.own
+        if own.origin is not None and _place(own.value) != own.origin:  # a view of the value was written to
+            wanted = [i for i, n in zip(state.inputs, needed, strict=True) if n]
+            found = iter(torch.autograd.grad(own.value, wanted, gradient, retain_graph=True, create_graph=twice))
+            return None, *(next(found) if n else None for n in needed)
         with torch.enable_grad():
             # Each is a tensor of its own, should one be given twice.
-            inputs = [i.view_as(i) if n else i for i, n in zip(state.inputs, needed, strict=True)]
+            apart = (lambda i: i.view_as(i)) if twice else (lambda i: i.detach().requires_grad_())
+            inputs = [apart(i) if n else i for i, n in zip(state.inputs, needed, strict=True)]
             value = state.recipe.compute(inputs)
         wanted = [i for i, n in zip(inputs, needed, strict=True) if n]
         found = iter(torch.autograd.grad(value, wanted, gradient, create_graph=twice))
@@ -281,11 +295,12 @@ class LazyTensor(torch.Tensor):
             value = self._state.compute()
             with torch.set_grad_enabled(self._state.with_grad):
                 own.value = _cast(value, own.casts)
+            own.origin = _place(own.value)
             for key in own.hooks:
                 own.value.register_hook(functools.partial(_call_hook, own.hooks, key))
-        elif own.value is None or self.grad_fn is not own.node:
-            own.value = _with_history(_Read, self)
-        own.node = self.grad_fn
+        elif own.value is None or _place(self) != own.node:
+            own.value, own.origin = _with_history(_Read, self), None
+        own.node = _place(self)
         return own.value
 
     def _history_is_own(self) -> bool:
@@ -312,9 +327,11 @@ class LazyTensor(torch.Tensor):
                 "logits that are computed on demand do not take another shape or dtype in place. Write x = "
                 'x.unsqueeze(0) and the like, or compile with options={"liger.logits": "keep"}.'
             )
+        if not torch.is_grad_enabled():
+            return
         if value.requires_grad:
             _with_history(_Become, self, value)
-            self._own.node = self.grad_fn
+            self._own.node = _place(self)
         elif self.requires_grad:
             with torch._C.DisableTorchFunctionSubclass():
                 self.detach_()

@@ -119,7 +119,10 @@ def check(site: Site, defer: bool) -> Site:
 def _asked(match: Match) -> Any:
     """What the pattern's own check says. One that fails costs its match and no other."""
     try:
-        return match.pattern.check(match)
+        found = match.pattern.check(match)
+        if not isinstance(found, (str, dict, type(None))):
+            raise TypeError(f"returned {found!r}; it gives a reason to leave the match, further operands or None")
+        return found
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         warn_once(f"the check of {match.pattern.name} failed, so that what it matches is left: {reason}")

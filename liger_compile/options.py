@@ -67,6 +67,8 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[Options, dict[str,
     names = {f.name for f in fields(Options)}
     known = _torch.inductor_options()
     for key, value in (options or {}).items():
+        if not isinstance(key, str):
+            raise ValueError(f"options: names of options are strings, not {key!r}")
         plain = key.replace("-", "_")
         if key.startswith(PREFIX) and key.removeprefix(PREFIX) in names:
             ours[key.removeprefix(PREFIX)] = value

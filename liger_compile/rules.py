@@ -1156,6 +1156,9 @@ def _stack(c: Call, tensors: Any, dim: int = 0) -> Term:
 
 @rule("linear")
 def linear(c: Call, x: Term, weight: Term, bias: Any = None) -> Term:
+    given = [t for t in (x, weight, bias) if isinstance(t, Term) and t.is_float]
+    if c.dtype in (torch.float32, torch.float64) and any(t.dtype not in (None, c.dtype) for t in given):
+        raise NotCanonical("is not taken of two dtypes")  # by eager neither; autocast makes them half precision
     if c.dtype is not None and x.is_float:  # under autocast, those that have another dtype are cast
         x, weight = cast(c, x, c.dtype), cast(c, weight, c.dtype)
         bias = cast(c, bias, c.dtype) if isinstance(bias, Term) else bias

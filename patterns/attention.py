@@ -71,7 +71,18 @@ def on_gpu(operand: torch.Tensor) -> bool:
     return operand.is_cuda or operand.is_meta
 
 
+def check_widths(match: Match) -> str | None:
+    """Told of no mask, PyTorch takes cuDNN's kernels where values are wider than queries. Their gradient failed, or
+    wrote elsewhere, on an H100 and an H200 (heads of 64 and 128 elements, torch 2.11)."""
+    query, value = match.example("query"), match.example("value")
+    if query is None or value is None or not on_gpu(query) or known_true(value.shape[-1] <= query.shape[-1]):
+        return None
+    return f"heads have {query.shape[-1]} elements in queries and {value.shape[-1]} in values"
+
+
 def check_layout(match: Match) -> str | None:
+    if reason := check_widths(match):
+        return reason
     for name in ("query", "key", "value"):
         operand = match.example(name)
         if operand is not None and on_gpu(operand) and not aligned(operand):
@@ -163,6 +174,8 @@ def _unfit(match: Match, seen: Bool) -> str | None:
     query = match.example("query")
     if query is None or not on_gpu(query):
         return "FlexAttention trains on CUDA alone"
+    if reason := check_widths(match):
+        return reason
     if query.element_size() != 2 or not _has_flash(query.device):
         return f"FlexAttention is not fast with {query.dtype} on this device"
     shapes = [match.shape(name) for name in ("query", "key", "value")]

@@ -576,6 +576,26 @@ def test_when_flex_attention_is_taken(function, length, dtype, width, reason):
 
 
 @pytest.mark.parametrize("padded", [False, True])
+def test_values_wider_than_queries_on_a_gpu(padded):
+    """As in DiffLlama. cuDNN's gradient of these fails; narrower ones, as in DeepSeek's, are fine."""
+
+    def function(q, k, v, padding):
+        i = torch.arange(q.shape[2], device=q.device)
+        mask = i[:, None] >= i
+        mask = mask & (padding != 0)[:, None, None, :] if padded else mask
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    for width, value_width in ((64, 128), (128, 64)):
+        q, k, v = (torch.empty(2, 4, 1024, w, dtype=torch.bfloat16, device="meta") for w in (width, width, value_width))
+        report = report_of(function, q, k, v, torch.ones(2, 1024, dtype=torch.int64, device="meta"))
+        if width < value_width:
+            reasons = [m.reason for m in report.misses]
+            assert not report.counts and any("64 elements in queries and 128 in values" in r for r in reasons), report
+        else:
+            assert report.counts == {"attention": 1}, report
+
+
+@pytest.mark.parametrize("padded", [False, True])
 def test_groups_that_the_model_names_on_a_gpu(padded):
     """Flash attention knows of them, and so does FlexAttention."""
 

@@ -813,6 +813,25 @@ def test_explain():
     assert report.counts == {"rms_norm": 2}
 
 
+def test_explain_of_what_is_compiled_in_place():
+    """As `model.compile(backend="liger")` does, which the Trainer wants, of the whole or of a part."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.RMSNorm(16)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    for part in (lambda m: m, lambda m: m.inner):
+        model = Layer()
+        part(model).compile(backend="liger")
+        before = part(model)._compiled_call_impl
+        assert liger_compile.explain(model)(torch.randn(4, 16)).counts == {"rms_norm": 1}
+        assert part(model)._compiled_call_impl is before
+
+
 def test_explain_costs_less_than_tracing_again(monkeypatch):
     """It traces once, never calls Inductor, and rewriting takes less time than the tracing."""
     monkeypatch.setattr(_torch, "compile_fx", None)

@@ -246,6 +246,10 @@ LOSSES = {
     "another's output": lambda loss, logits: loss + Doubled.apply(logits.clone()).square().mean(),
     "cloned by another, read": lambda loss, logits: sum(part.square().mean() for part in Cloned.apply(loss, logits)),
     "written to, then given to another": lambda loss, logits: Doubled.apply(logits.div_(3)).square().mean(),
+    "a view written to, then given to another": lambda loss, logits: (
+        logits[:, :3].div_(3),
+        Doubled.apply(logits).square().mean(),
+    )[1],
     "converted, written to, given to another": lambda loss, logits: Doubled.apply(logits.double().mul_(3)).mean(),
     "cloned, written to": lambda loss, logits: logits.mean() + logits.clone().mul_(logits).mean(),
     "written to by another": lambda loss, logits: (Halved.apply(logits), logits.square().mean())[1],

@@ -141,6 +141,11 @@ def test_invalid(name, value, message):
         split_options({f"liger.{name}": value})
 
 
+def test_a_key_that_is_no_name():
+    with pytest.raises(ValueError, match="names of options are strings, not 3"):
+        split_options({3: 1})
+
+
 @pytest.mark.parametrize("key, nearest", UNKNOWN)
 def test_unknown_key(key, nearest):
     with pytest.raises(ValueError) as error:

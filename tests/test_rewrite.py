@@ -711,6 +711,15 @@ def test_a_check_that_fails():
     assert [m.reason for m in report.misses] == ["its check failed: KeyError: 'y'"]
 
 
+def test_a_check_that_returns_something_else():
+    broken = make_pattern(lambda x: x.cosh(), lambda x: x.clone(), lambda match: True, name="broken")
+    report = rewrite(capture(lambda x: x.cosh(), torch.randn(3)), Options(enable=("broken",), patterns=(broken,)))
+    assert not report.counts
+    assert [m.reason for m in report.misses] == [
+        "its check failed: TypeError: returned True; it gives a reason to leave the match, further operands or None"
+    ]
+
+
 def test_overlapping_matches_are_not_both_taken():
     """x.sin().exp() and exp().cos() share the exponential."""
     first, second = mine("first", narrow), mine("second", lambda x: x.exp().cos())
@@ -786,3 +795,12 @@ def test_what_gives_a_dtype_or_a_shape_alone_is_no_part_of_a_match(like, used):
     assert report.counts == {"swiglu": 1}, report
     inputs = [n.name for n in report.graphs[0].after.graph.nodes if n.op == "placeholder"]
     assert len(inputs) == 3, inputs
+
+
+def test_a_linear_layer_of_two_dtypes():
+    """Eager raises an error, and so does what is left."""
+    h, w, y = torch.randn(6, 8), torch.randn(11, 8, dtype=torch.float64), torch.randint(11, (6,))
+    reports = []
+    with pytest.raises(RuntimeError, match="same dtype"):
+        torch.compile(lambda h, w, y: F.cross_entropy(F.linear(h, w), y), backend=rewritten(reports))(h, w, y)
+    assert not reports[0].counts

@@ -93,9 +93,8 @@ def _forward_heads(
         factor = factor.to(X).to(tl.float32)
     h1 = _normed(x1, factor, _part(w_ptr, 0, i, half, offset, ROUNDING, HAS_WEIGHT), X, NORM, ROUNDING)
     h2 = _normed(x2, factor, _part(w_ptr, half, i, half, offset, ROUNDING, HAS_WEIGHT), X, NORM, ROUNDING)
-    # Each product is rounded before the sum, as the separate operations of eager are.
-    y1 = (h1 * c1).to(WORK).to(tl.float32) + (-h2 * s1).to(WORK).to(tl.float32)
-    y2 = (h2 * c2).to(WORK).to(tl.float32) + (h1 * s2).to(WORK).to(tl.float32)
+    y1 = h1 * c1 - h2 * s1
+    y2 = h2 * c2 + h1 * s2
     _store(y_ptr, heads, n_heads, y_head, i, half, y1.to(WORK))
     _store(y_ptr + half, heads, n_heads, y_head, i, half, y2.to(WORK))
     if BLOCK_REST > 0:

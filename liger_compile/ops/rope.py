@@ -12,9 +12,9 @@ neighbours as complex numbers times `freqs` = cos + i sin, complex64, [..., D / 
 - layout: which components are a pair. "halves": i and i + R / 2. "neighbours": 2 i and 2 i + 1. "neighbours to halves":
   neighbours of x, which are put at i and i + R / 2 of y.
 - inverse: the rotation the other way, with -sin.
-- Products and their sum are rounded to the promoted dtype of x and cos (float32 if `upcast`), as in eager; y has x's
-  dtype, or keeps the promoted one if `promote`. y has x's strides, made
-  dense, or is contiguous, as torch.cat's results are.
+- The sum is rounded to the promoted dtype of x and cos (float32 if `upcast`), and the products before it too by the
+  reference, as in eager; y has x's dtype, or keeps the promoted one if `promote`. y has x's strides, made dense, or is
+  contiguous, as torch.cat's results are.
 - cos and sin are constants: asking for their gradient is an error. The backward is the transpose of the rotation.
 
 Formula: Su et al., RoFormer, 2021 (arXiv:2104.09864); halves as in GPT-NeoX, complex numbers as in Llama.
@@ -91,7 +91,7 @@ def _rotate(
 
 
 def work_dtype(x: torch.dtype, cos: Tensor, upcast: bool) -> torch.dtype:
-    """The dtype that products and sums are rounded to."""
+    """The dtype that sums are rounded to."""
     return torch.promote_types(torch.promote_types(x, cos.dtype), torch.float32 if upcast else x)
 
 
