@@ -76,7 +76,7 @@ def _rotate_heads(
     mask = (heads < n_heads)[:, None]
     x_rows, y_rows = x_ptr + heads[:, None] * x_head, y_ptr + heads[:, None] * y_head
     x1, x2 = _load_pairs(x_rows, mask, half, X_NEIGHBOURS, BLOCK_HALF)
-    # Rounded once: where the products are too, as in eager, all gradients of a model are a tenth further off.
+    # Rounded once, behind the sum: where the products are too, as in eager, all gradients of a model are further off.
     if BACKWARDS:
         y1, y2 = x1 * c1 + x2 * s1, x2 * c2 - x1 * s2
     else:
