@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import _torch, debug, fuse, handed, lazy
+from . import _torch, debug, deferral, fuse, handed
 from .graph_terms import value_of
 from .log import log, warn_once
 from .options import Options, split_options
@@ -123,7 +123,7 @@ def _fuse(graph: fx.Graph) -> None:
 
 def _lazily(gm: fx.GraphModule, compiler: Callable[[fx.GraphModule], Callable[..., Any]]) -> Callable[..., Any]:
     """A rewritten graph, compiled, with results on demand made outside of it."""
-    gm, rebuild = lazy.split(gm)
+    gm, rebuild = deferral.split(gm)
     compiled = compiler(gm)
     if rebuild is None:
         return compiled

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from torch import fx
 
 from . import _torch, fuel, verify
+from .deferral import defer
 from .emit import emit
 from .graph_terms import GraphTerms, Region
 from .inplace import outplaced
-from .lazy import defer
 from .legality import Illegal, Site, check, sites
 from .match import Matcher, NearMiss
 from .options import Options
