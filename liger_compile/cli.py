@@ -44,6 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 on, not {text}")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="liger-compile", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -53,8 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         help="a transformers config.json or a folder with one, a model type (llama), or package.module:factory, where "
         "factory() gives a module, or a module and a dictionary of its inputs",
     )
-    command.add_argument("--rows", type=int, default=2, help="batch size (2)")
-    command.add_argument("--length", type=int, default=2048, help="tokens a row (2048)")
+    command.add_argument("--rows", type=_count, default=2, help="batch size (2)")
+    command.add_argument("--length", type=_count, default=2048, help="tokens a row (2048)")
     command.add_argument("--padded", action="store_true", help="with an attention_mask, as collators pass one")
     command.add_argument("--eval", action="store_true", help="in eval mode without labels, instead of a training step")
     command.add_argument("--checkpointed", action="store_true", help="with gradient checkpointing")
@@ -114,7 +121,7 @@ def _from_factory(name: str) -> Any:
     sys.path.insert(0, str(Path.cwd()))
     try:
         factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError: no name before the colon
         raise Refused(f"{name}: {error}; give package.module:function, importable from here") from error
     finally:
         sys.path.pop(0)

@@ -105,6 +105,7 @@ def test_explain_a_factory(capsys):
     [
         ("lama", "did you mean llama?"),
         ("no_such_module:f", "No module named 'no_such_module'"),
+        (":", "give package.module:function"),
         ("test_cli:nothing", "give package.module:function"),
         ("test_cli:fails", "RuntimeError: no such thing"),
         ("test_cli:not_a_module", "gives int, not a module"),
@@ -118,9 +119,12 @@ def test_refused(capsys, model, message):
     assert message in captured.err and not captured.out
 
 
-def test_wrong_usage():
+@pytest.mark.parametrize(
+    "wrong", [[], ["llama", "--rows", "0"], ["llama", "--length", "-1"], ["llama", "--rows", "two"]]
+)
+def test_wrong_usage(wrong):
     with pytest.raises(SystemExit) as stopped:
-        main(["explain"])
+        main(["explain", *wrong.split()])
     assert stopped.value.code == 2
 
 
