@@ -21,6 +21,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from .log import log
+
 REMEMBERED = 256
 """Shapes that a recipe remembers."""
 
@@ -441,6 +443,8 @@ class LazyTensor(torch.Tensor):
         if self._inner is not None:
             return self._inner
         own = self._own
+        if not self.computed:
+            _tell_once()
         now = self.compute_plain() if own.value is None else own.value
         if own.inner is None or own.inner.data_ptr() != now.data_ptr():
             own.inner = torch.from_dlpack(now.detach())
@@ -458,6 +462,11 @@ class LazyTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.compute().detach().__reduce_ex__(protocol)
+
+
+@functools.cache
+def _tell_once() -> None:
+    log.info("logits on demand are computed, since a compiled function is given them, if only to pass them on")
 
 
 def _is_traced(args: Any, kwargs: Any) -> bool:

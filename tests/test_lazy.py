@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from helpers import capture, relative_error, rewritten
 
 from liger_compile import Options, rewrite
-from liger_compile.lazy import LazyTensor, Recipe
+from liger_compile.lazy import LazyTensor, Recipe, _tell_once
 
 SCALE = 3.0
 
@@ -635,6 +635,22 @@ def test_read_in_another_compiled_function(backend, prepare):
         assert torch.equal(predictions, expected)
         for ours, theirs in zip(case.gradients(loss), case.gradients(eager), strict=True):
             assert relative_error(ours, theirs) < 1e-5
+
+
+def test_a_graph_that_is_given_them_computes_them_and_says_so(monkeypatch):
+    """Only if they are an operand of the graph, or passed on by it."""
+    told = []
+    monkeypatch.setattr("liger_compile.lazy.log.info", told.append)
+    _tell_once.cache_clear()
+    case = Case()
+    z = case.lazy()
+    torch.compile(lambda pair: pair[0] * 2, backend="eager", fullgraph=True)((case.h, z))
+    assert not z.computed and not told
+    passed = torch.compile(lambda h, z: (h * 2, z), backend="eager", fullgraph=True)
+    for _ in range(2):
+        z = case.lazy()
+        assert passed(case.h, z)[1] is z and z.computed
+    assert len(told) == 1 and "a compiled function is given them" in told[0]
 
 
 def test_written_to_in_another_compiled_function():
