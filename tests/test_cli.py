@@ -119,9 +119,7 @@ def test_refused(capsys, model, message):
     assert message in captured.err and not captured.out
 
 
-@pytest.mark.parametrize(
-    "wrong", [[], ["llama", "--rows", "0"], ["llama", "--length", "-1"], ["llama", "--rows", "two"]]
-)
+@pytest.mark.parametrize("wrong", ["", "llama --rows 0", "llama --length -1", "llama --rows two"])
 def test_wrong_usage(wrong):
     with pytest.raises(SystemExit) as stopped:
         main(["explain", *wrong.split()])
