@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from . import common
+from . import common, models
 from .coverage import said
 
 Gradients = dict[str, torch.Tensor]
@@ -109,9 +109,8 @@ class Family:
         return getattr(ours, name) / getattr(inductor, name)
 
 
-def make(family: str, device: str = "cuda") -> torch.nn.Module:
+def make(family: str) -> torch.nn.Module:
     """Two layers of the family's default sizes, without dropout, in bfloat16."""
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[family]()
@@ -124,15 +123,11 @@ def make(family: str, device: str = "cuda") -> torch.nn.Module:
         elif re.search("dropout|pdrop", name) and isinstance(value, float):
             changes[name] = 0.0
     config = CONFIG_MAPPING[family](**{**changes, **FAMILIES.get(family, {})})
-    torch.manual_seed(0)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+    return models.make(config)
 
 
 def batch(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    generator = torch.Generator("cuda").manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (ROWS, LENGTH), device="cuda", generator=generator)
-    return {"input_ids": ids, "labels": ids}
+    return models.batch({"config": model.config, "rows": ROWS, "length": LENGTH})
 
 
 def step(model: torch.nn.Module, call: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> torch.Tensor:

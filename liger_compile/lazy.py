@@ -2,7 +2,8 @@
 
 A model that returns its logits next to the loss would force them into memory although a training step never looks at
 them. A rewritten graph returns a `LazyTensor` in their place: it knows how to compute them (`Recipe`), has their shape,
-dtype and device, and computes them once, the first time their values are needed. `.float()` and `.to(dtype)` stay lazy.
+dtype and device, and computes them once, the first time their values are needed. `.float()`, `.to(dtype)` and
+`.clone()` stay lazy. `deferral.py` puts recipes into graphs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from .log import log
+from .log import tell_once
 
 REMEMBERED = 256
 """Shapes that a recipe remembers."""
@@ -382,16 +383,15 @@ class LazyTensor(torch.Tensor):
                 return func(*args, **kwargs)
         if name in _OF_HISTORY and isinstance(x, LazyTensor):
             return x._set_history(func, *args[1:], **kwargs)
-        read: list[LazyTensor] = []
+        read: list[tuple[LazyTensor, Any]] = []
 
         def compute(lazy: LazyTensor) -> Tensor:
-            read.append(lazy)
-            return lazy.compute()
+            value = lazy.compute()
+            read.append((lazy, _version(value)))
+            return value
 
-        args, kwargs = _replace(args, compute), _replace(kwargs, compute)
-        before = [_version(lazy.compute()) for lazy in read]
-        result = func(*args, **kwargs)
-        for lazy, version in zip(read, before, strict=True):
+        result = func(*_replace(args, compute), **_replace(kwargs, compute))
+        for lazy, version in read:
             if name == "retain_grad" or _version(lazy.compute()) != version:
                 lazy._changed()
                 result = lazy if result is lazy._own.value else result
@@ -444,7 +444,7 @@ class LazyTensor(torch.Tensor):
             return self._inner
         own = self._own
         if not self.computed:
-            _tell_once()
+            tell_once("logits on demand are computed: a compiled function is given them, if only to pass them on")
         now = self.compute_plain() if own.value is None else own.value
         if own.inner is None or own.inner.data_ptr() != now.data_ptr():
             own.inner = torch.from_dlpack(now.detach())
@@ -462,11 +462,6 @@ class LazyTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.compute().detach().__reduce_ex__(protocol)
-
-
-@functools.cache
-def _tell_once() -> None:
-    log.info("logits on demand are computed, since a compiled function is given them, if only to pass them on")
 
 
 def _is_traced(args: Any, kwargs: Any) -> bool:

@@ -73,7 +73,7 @@ def on_gpu(operand: torch.Tensor) -> bool:
 
 def check_widths(match: Match) -> str | None:
     """Told of no mask, PyTorch takes cuDNN's kernels where values are wider than queries. Their gradient failed, or
-    wrote elsewhere, on an H100 and an H200 (heads of 64 and 128 elements, torch 2.11)."""
+    ended in an illegal access, on an H100 and an H200 (heads of 64 and 128 elements, torch 2.11)."""
     query, value = match.example("query"), match.example("value")
     if query is None or value is None or not on_gpu(query) or known_true(value.shape[-1] <= query.shape[-1]):
         return None

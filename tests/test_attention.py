@@ -546,9 +546,16 @@ def bidirectional(q, k, v, padding):
     )
 
 
-def causal_and_padded(q, k, v, padding):
+def causal_alone(q, k, v, padding, **how):
     i = torch.arange(q.shape[2], device=q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=(i[:, None] >= i) & (padding != 0)[:, None, None, :])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=i[:, None] >= i, **how)
+
+
+def causal_and_padded(q, k, v, padding, **how):
+    i = torch.arange(q.shape[2], device=q.device)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=(i[:, None] >= i) & (padding != 0)[:, None, None, :], **how
+    )
 
 
 @pytest.mark.parametrize(
@@ -575,16 +582,9 @@ def test_when_flex_attention_is_taken(function, length, dtype, width, reason):
         assert not report.counts and reason in report.misses[0].reason, report
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_values_wider_than_queries_on_a_gpu(padded):
+@pytest.mark.parametrize("function", [causal_alone, causal_and_padded])
+def test_values_wider_than_queries_on_a_gpu(function):
     """As in DiffLlama. cuDNN's gradient of these fails; narrower ones, as in DeepSeek's, are fine."""
-
-    def function(q, k, v, padding):
-        i = torch.arange(q.shape[2], device=q.device)
-        mask = i[:, None] >= i
-        mask = mask & (padding != 0)[:, None, None, :] if padded else mask
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
     for width, value_width in ((64, 128), (128, 64)):
         q, k, v = (torch.empty(2, 4, 1024, w, dtype=torch.bfloat16, device="meta") for w in (width, width, value_width))
         report = report_of(function, q, k, v, torch.ones(2, 1024, dtype=torch.int64, device="meta"))
@@ -595,20 +595,14 @@ def test_values_wider_than_queries_on_a_gpu(padded):
             assert report.counts == {"attention": 1}, report
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_groups_that_the_model_names_on_a_gpu(padded):
+@pytest.mark.parametrize("function", [causal_alone, causal_and_padded])
+def test_groups_that_the_model_names_on_a_gpu(function):
     """Flash attention knows of them, and so does FlexAttention."""
-
-    def function(q, k, v, padding):
-        i = torch.arange(q.shape[2], device=q.device)
-        mask = i[:, None] >= i
-        mask = mask & (padding != 0)[:, None, None, :] if padded else mask
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
     q, *kv = (torch.empty(2, n, 1024, 64, dtype=torch.bfloat16, device="meta") for n in (4, 2, 2))
-    report = report_of(function, q, *kv, torch.ones(2, 1024, dtype=torch.int64, device="meta"))
+    padding = torch.ones(2, 1024, dtype=torch.int64, device="meta")
+    report = report_of(lambda *operands: function(*operands, enable_gqa=True), q, *kv, padding)
     assert report.counts == {"attention": 1}, report
-    assert ("masked_attention" in report.graphs[0].after.code) == padded
+    assert ("masked_attention" in report.graphs[0].after.code) == (function is causal_and_padded)
 
 
 @pytest.mark.parametrize("function, length", [(causal_and_padded, 100), (bidirectional, 1024)])

@@ -87,7 +87,7 @@ def logged(monkeypatch):
         def emit(self, record):
             messages.append(record.getMessage())
 
-    monkeypatch.setattr("liger_compile.log._warned", set())
+    monkeypatch.setattr("liger_compile.log._said", set())
     handler = Handler(logging.WARNING)
     backend.log.addHandler(handler)
     yield messages

@@ -324,7 +324,7 @@ def told(monkeypatch):
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())
     log = logging.getLogger("liger_compile")
-    monkeypatch.setattr("liger_compile.log._warned", set())
+    monkeypatch.setattr("liger_compile.log._said", set())
     monkeypatch.setattr(log, "handlers", [handler])
     monkeypatch.setattr(log, "level", logging.INFO)
     log.manager._clear_cache()
