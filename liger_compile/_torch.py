@@ -28,6 +28,11 @@ def storage_key(tensor: torch.Tensor) -> int:
         return id(tensor)
 
 
+def autocast_calls() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What Dynamo's graphs call to enter autocast, and to leave what that returns. Checked on 2.11, 2.13."""
+    return torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+
+
 def bind_schema(name: str, args: list[Any], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     """The arguments of an aten operation in its schema's order, defaults filled in; None if no overload takes them.
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from .graph_terms import value_of
 from .lazy import Recipe
 from .legality import Site, sources
+from .regions import copy_under_autocast
 
 
 def defer(root: fx.GraphModule, site: Site, moved: dict[fx.Node, fx.Node]) -> None:
@@ -23,10 +24,10 @@ def defer(root: fx.GraphModule, site: Site, moved: dict[fx.Node, fx.Node]) -> No
     for node in site.deferred:
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
-        inputs = list(_collect(node, ends))
+        inputs, between = _collect(node, ends)
         for source in inputs:
             copies[source] = graph.placeholder(source.name)
-        _copy_between(node, copies, graph)
+        copy_under_autocast(sorted(between, key=view.position.get), view.region, graph, copies)
         graph.output(copies[node])
         recipe = Recipe(fx.GraphModule(root, graph), value_of(node))
         number = sum(isinstance(m, Recipe) for m in root.children())
@@ -39,25 +40,20 @@ def defer(root: fx.GraphModule, site: Site, moved: dict[fx.Node, fx.Node]) -> No
         output.replace_input_with(node, call)
 
 
-def _collect(node: fx.Node, ends: set[fx.Node]) -> dict[fx.Node, None]:
-    """The nodes a value is computed from, as far back as `ends`, in the order they are met."""
-    found: dict[fx.Node, None] = {}
+def _collect(node: fx.Node, ends: set[fx.Node]) -> tuple[dict[fx.Node, None], dict[fx.Node, None]]:
+    """What a value is computed from, as far back as `ends`, in the order it is met: what is given, and what is made of
+    that, the value included."""
+    given: dict[fx.Node, None] = {}
+    made = {node: None}
     todo = [node]
     while todo:
         for n in todo.pop().all_input_nodes:
             if n in ends or n.op in ("placeholder", "get_attr") or not isinstance(value_of(n), Tensor):
-                found[n] = None
-            else:
+                given[n] = None
+            elif n not in made:
+                made[n] = None
                 todo.append(n)
-    return found
-
-
-def _copy_between(node: fx.Node, copies: dict[fx.Node, fx.Node], graph: fx.Graph) -> None:
-    if node in copies:
-        return
-    for n in node.all_input_nodes:
-        _copy_between(n, copies, graph)
-    copies[node] = graph.node_copy(node, copies.__getitem__)
+    return given, made
 
 
 def split(gm: fx.GraphModule) -> tuple[fx.GraphModule, Callable[[Sequence[Any], Sequence[Any]], list[Any]] | None]:

@@ -18,6 +18,7 @@ from torch import fx
 
 from . import _torch
 from .log import log, warn_once
+from .regions import Region, regions
 from .rules import RULES, Call, NotCanonical, is_arange
 from .terms import Term, Terms, same
 
@@ -77,19 +78,6 @@ def call_name(target: Any) -> str | None:
     if any(getattr(space, name, None) is target for space in _NAMESPACES):
         return name.strip("_") if name.startswith("__") else name
     return None
-
-
-@dataclass(frozen=True)
-class Region:
-    """The modes a node runs under. A rewrite must not move work from one region to another."""
-
-    grad: bool = True
-    contexts: tuple[str, ...] = ()
-
-    @property
-    def is_transformed(self) -> bool:
-        """By functorch: whether a tensor may stand for several (vmap), or be something else than it seems (grad)."""
-        return any("nesting" in context for context in self.contexts)
 
 
 @dataclass
@@ -425,28 +413,6 @@ def _written_arguments(node: fx.Node) -> Iterator[Any]:
 
 INPLACE_FLAG = {"silu": 1, "relu": 1, "mish": 1, "dropout": 3, "leaky_relu": 2, "elu": 2, "hardtanh": 3}
 """Where functions take `inplace` by position."""
-
-
-def regions(graph: fx.Graph, region: Region) -> dict[fx.Node, Region]:
-    """The modes that each node runs under, of a graph that is entered with the given ones on."""
-    found = {}
-    for node in graph.nodes:
-        region = found[node] = _region_after(node, region)
-    return found
-
-
-def _region_after(node: fx.Node, region: Region) -> Region:
-    """Follows the calls by which Dynamo enters and leaves grad modes, autocast and functorch levels."""
-    if node.op != "call_function":
-        return region
-    name = getattr(node.target, "__name__", "")
-    if name == "_set_grad_enabled":
-        return Region(bool(node.args[0]), region.contexts)
-    if name.startswith("_enter_") or name.endswith("_increment_nesting"):
-        return Region(region.grad, (*region.contexts, f"{name}{node.args}"))
-    if name.startswith("_exit_") or name.endswith("_decrement_nesting"):
-        return Region(region.grad, region.contexts[:-1])
-    return region
 
 
 _LIKE = frozenset({"type_as", "to", "view_as", "reshape_as", "expand_as"})

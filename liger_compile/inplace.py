@@ -14,7 +14,8 @@ from torch import fx
 
 from . import _torch
 from .emit import same_layout
-from .graph_terms import INPLACE_FLAG, Region, call_name, regions, value_of
+from .graph_terms import INPLACE_FLAG, call_name, value_of
+from .regions import Region, regions
 
 _OPERATORS = {getattr(operator, f"i{name}"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv")}
 _METHODS = frozenset(
@@ -23,7 +24,8 @@ _METHODS = frozenset(
         *("clamp", "clamp_min", "clamp_max"),
     )
 )
-"""None that autocast has another dtype for when it gives a new tensor (`exp`, `pow`, `rsqrt`)."""
+_WIDE = frozenset({"exp", "pow", "reciprocal", "rsqrt"})
+"""Those that autocast computes in float32 when they give a new tensor, and not in place."""
 
 _FUNCTIONS = frozenset({torch.nn.functional.silu, torch.nn.functional.relu, torch.nn.functional.mish})
 """Those that take `inplace`."""
@@ -56,13 +58,8 @@ def outplaced(graph: fx.Graph, region: Region) -> None:
         alone = all(_reads_nothing(n, position[step], position) for n in aliases if n is not x)
         local = all(n in made or _is_local(n, aliases) for n in aliases)
         here = region_of[step]
-        if (
-            alone
-            and local
-            and all(region_of[n] == here for n in aliases)
-            and not here.is_transformed
-            and _outplace(step)
-        ):
+        same = not here.is_transformed and all(region_of[n] == here for n in aliases)
+        if alone and local and same and _has_one_dtype(step, here) and _outplace(step):
             made.add(step)
             for user in [u for u in x.users if position[u] > position[step]]:
                 user.replace_input_with(x, step)
@@ -82,7 +79,7 @@ def _plain(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
     if not args or "out" in kwargs:
         return None
     if node.op == "call_method":
-        return (target[:-1], args, kwargs) if target.endswith("_") and target[:-1] in _METHODS else None
+        return (target[:-1], args, kwargs) if target.endswith("_") and target[:-1] in _METHODS | _WIDE else None
     if node.op != "call_function":
         return None
     if target in _OPERATORS:
@@ -108,6 +105,12 @@ def _is_local(node: fx.Node, aliases: list[fx.Node]) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     return call_name(node.target) in _VIEWS or not any(i in aliases for i in node.all_input_nodes)
+
+
+def _has_one_dtype(step: fx.Node, region: Region) -> bool:
+    """Whether autocast, as the graph has it, gives a new tensor the dtype that the step keeps."""
+    wide = step.op == "call_method" and step.target[:-1] in _WIDE
+    return not (wide and region.autocast) or value_of(step.args[0]).dtype is torch.float32
 
 
 def _outplace(step: fx.Node) -> bool:

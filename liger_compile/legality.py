@@ -13,6 +13,8 @@ from . import _torch
 from .graph_terms import inputs_of, value_of
 from .log import warn_once
 from .match import Match
+from .ops._library import AS_GIVEN
+from .pattern import target_of
 from .rules import is_arange
 from .terms import Term
 
@@ -146,8 +148,13 @@ def _check_operands(site: Site) -> None:
 def _check_regions(site: Site) -> None:
     region = site.match.view.region
     here = region[site.outputs[0]]
+    replacement, _ = target_of(site.match.pattern.replacement)
     for node in (*site.outputs, *site.interior, site.before):
-        if region[node] != here:
+        # What autocast does to the replaced code is in the match, as casts.
+        one = region[node] == here or (
+            replacement in AS_GIVEN and region[node].without_autocast() == here.without_autocast()
+        )
+        if not one:
             raise Illegal(f"{node.name} runs in another grad, autocast or functorch region", node)
     if here.is_transformed:
         raise Illegal("runs inside a functorch transform (vmap, grad)", site.outputs[0])
@@ -188,8 +195,6 @@ def _check_other_users(site: Site, defer: bool) -> tuple[fx.Node, ...]:
             continue
         outside = [user for user in node.users if user not in inside]
         if outside and defer and all(u.op == "output" for u in outside):
-            if site.match.view.region[node].contexts:
-                raise Illegal(f"{node.name} is returned from an autocast region", node)
             returned.append(node)
         elif outside:
             what = "returned" if outside[0].op == "output" else f"also used by {outside[0].name}"

@@ -11,12 +11,13 @@ from torch import fx
 from . import _torch, fuel, verify
 from .deferral import defer
 from .emit import emit
-from .graph_terms import GraphTerms, Region
+from .graph_terms import GraphTerms
 from .inplace import outplaced
 from .legality import Illegal, Site, check, sites
 from .match import Matcher, NearMiss
 from .options import Options
 from .pattern import Spelling, name_of, target_of
+from .regions import Region
 from .registry import patterns
 from .report import GraphReport, Miss, Place, Report, Rewritten
 from .terms import Term

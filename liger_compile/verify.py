@@ -44,6 +44,8 @@ def beside(
     )
     if not all(view.is_pure(node) or _is_certain(node) for node in replaced):
         raise Unverified("it draws random numbers, or writes")
+    if any(view.region[node] != view.region[site.before] for node in replaced):
+        raise Unverified("it runs under several kinds of autocast")
     read = operands | _read_by(replaced)
     if any(order[node] >= order[site.before] for node in read):
         raise Unverified("it reads what is computed behind the first of its results")

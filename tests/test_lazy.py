@@ -594,6 +594,26 @@ def test_made_under_autocast():
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["", "upcast outside"])
+def test_made_under_autocast_in_the_graph(wide):
+    def function(h, w, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = F.linear(h, w) * SCALE
+        logits = logits.float() if wide else logits
+        return F.cross_entropy(logits, y), logits
+
+    h, w, y = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True), torch.randint(11, (6,))
+    compiled = torch.compile(function, backend=rewritten(reports := []), fullgraph=True)
+    (_, z), (_, eager) = compiled(h, w, y), function(h, w, y)
+    assert reports[0].counts == {"linear_cross_entropy": 1}
+    assert isinstance(z, LazyTensor) and z.dtype is eager.dtype
+    assert torch.equal(z, eager)
+    for ours, theirs in zip(
+        torch.autograd.grad(z.float().mean(), (h, w)), torch.autograd.grad(eager.float().mean(), (h, w)), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
 def test_frozen():
     case = Case()
     case.h.requires_grad_(False)

@@ -9,6 +9,7 @@ from helpers import Accuracy, relative_error, skip_without_interpreter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_compile import ops
+from liger_compile.ops._library import AS_GIVEN
 
 OPS = torch.ops.liger_compile
 
@@ -613,12 +614,22 @@ def test_inference_mode():
         assert ops.rms_norm(h, None, 1e-6).is_inference()
 
 
-def test_under_autocast_the_ops_compute_as_they_are_given():
+@pytest.mark.parametrize("name", sorted(op.name().partition("::")[2] for op in AS_GIVEN))
+def test_under_autocast_the_ops_compute_as_they_are_given(name):
     """They say which dtypes they take; autocast around them changes nothing."""
-    h, w = some(4, 8), some(7, 8)
-    expected = ops.linear_cross_entropy(h, w, None, Y)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = ops.linear_cross_entropy(h, w, None, Y)
-    assert torch.equal(loss, expected)
-    for a, b in zip(torch.autograd.grad(loss, (h, w)), torch.autograd.grad(expected, (h, w)), strict=True):
-        assert torch.equal(a, b)
+    for sample in SAMPLES[name]:
+        args, kwargs = sample()
+        expected = flat(getattr(OPS, name)(*args, **kwargs))
+        with torch.autocast("cpu", torch.bfloat16):
+            results = flat(getattr(OPS, name)(*args, **kwargs))
+        trained = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+        if any(r.requires_grad for r in expected):
+            for found in (expected, results):
+                sums = [r.sum() for r in found if r.requires_grad]
+                found += torch.autograd.grad(sums, trained, allow_unused=True, materialize_grads=True)
+        for result, other in zip(results, expected, strict=True):
+            assert result.dtype is other.dtype and torch.equal(result, other)
+
+
+def flat(results):
+    return [r for r in (results if isinstance(results, (tuple, list)) else (results,)) if r is not None]

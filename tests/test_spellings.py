@@ -131,6 +131,16 @@ def norm_without_upcast(x, w):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w
 
 
+def norm_factor_in_place(x, w):
+    factor = x.float().pow(2).mean(-1, keepdim=True)
+    factor.add_(1e-6).rsqrt_()
+    return w * (x.float() * factor).to(x.dtype)
+
+
+def norm_power_in_place(x, w):
+    return w * (x.float() * x.float().pow(2).mean(-1, keepdim=True).add_(1e-6).pow_(-0.5)).to(x.dtype)
+
+
 def norm_functional(x, w):
     return F.rms_norm(x, (x.shape[-1],), w, 1e-6)
 

@@ -70,6 +70,18 @@ def test_what_is_random_is_not_compared_and_said():
     assert "not verified: it draws random numbers" in report.misses[0].reason
 
 
+def test_what_runs_under_several_kinds_of_autocast_is_not_compared_and_said():
+    def function(h, w, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = F.linear(h, w)
+        return F.cross_entropy(logits.float(), y)
+
+    h, w, y = torch.randn(6, 8), torch.randn(11, 8), torch.randint(11, (6,))
+    report = report_of(function, h, w, y, options=liger_compile.Options(verify=True))
+    assert report.counts == {"linear_cross_entropy": 1}
+    assert "not verified: it runs under several kinds of autocast" in report.misses[0].reason
+
+
 # ---- wrong kernels -------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 NAMESPACE = "liger_compile"
 DEFINED: list[Any] = []
 """The ops that a compiler is shown whole."""
+AS_GIVEN: set[Any] = set()
+"""The ops that compute in the dtypes they are given, whatever autocast is on around them."""
 LAUNCHERS: dict[Any, Callable[..., Any]] = {}
 """Of these, the ones that start kernels and do nothing else as a rule, and what does that: see `inline.py`."""
 WHOLE_ON = {"cuda", "meta"}
@@ -29,16 +31,20 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
     torch.library.impl(name, "CUDA")(cuda)
     torch.library.register_fake(name)(fake)
     DEFINED.append(_op(name))
+    AS_GIVEN.add(DEFINED[-1])
     if isinstance(cuda, Launcher):
         LAUNCHERS[DEFINED[-1]] = cuda
     return DEFINED[-1]
 
 
-def define_composite(schema: str, function: Callable[..., Any]) -> Any:
-    """Defines `liger_compile::<schema>` as what `function` does with other ops, and returns the op."""
+def define_composite(schema: str, function: Callable[..., Any], as_given: bool = True) -> Any:
+    """Defines `liger_compile::<schema>` as what `function` does with other ops, and returns the op. `as_given`: whether
+    it computes in the dtypes it is given under autocast too."""
     name = f"{NAMESPACE}::{schema.partition('(')[0]}"
     torch.library.define(name, schema[schema.index("(") :], tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(name, "CompositeImplicitAutograd")(function)
+    if as_given:
+        AS_GIVEN.add(_op(name))
     return _op(name)
 
 

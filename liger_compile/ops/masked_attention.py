@@ -134,4 +134,5 @@ masked_attention = define_composite(
     "masked_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, str seen='',"
     " Tensor[]? tensors=None, float? scale=None) -> Tensor",
     _composite,
+    as_given=False,
 )
