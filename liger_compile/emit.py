@@ -123,13 +123,15 @@ def _from_end(e: Emitter, index: Term, n: Any) -> fx.Node:
     return e.node("call_function", torch.where, (negative, behind, index))
 
 
-def _by_class(e: Emitter, weight: Term, scale: Term) -> fx.Node:
-    """A weight or a bias of which each row is scaled, in its dtype."""
-    factor = e.operand(scale)
-    if len(weight.shape) > 1:
+def _scaled(e: Emitter, x: Term, scale: Term) -> fx.Node:
+    """x times a tensor of one number, or one for each of its rows, rounded once."""
+    inverse = scale.op == "reciprocal" and scale not in e.view.carriers
+    factor = e.node("call_method", "float", (e.operand(scale.args[0] if inverse else scale),))
+    if len(x.shape) > 1:
         factor = e.node("call_method", "unsqueeze", (factor, -1))
-    scaled = e.node("call_function", operator.mul, (e.operand(weight), factor))
-    return e.node("call_method", "to", (scaled, weight.dtype))
+    wide = e.node("call_method", "float", (e.operand(x),))
+    scaled = e.node("call_function", operator.truediv if inverse else operator.mul, (wide, factor))
+    return e.node("call_method", "to", (scaled, x.dtype))
 
 
 _IMPLICIT: dict[str, Callable[..., fx.Node]] = {
@@ -138,7 +140,7 @@ _IMPLICIT: dict[str, Callable[..., fx.Node]] = {
     "permute": lambda e, x, order: e.node("call_method", "permute", (e.operand(x), *_full(x, order))),
     "slice": _slice,
     "from_end": _from_end,
-    "by_class": _by_class,
+    "scaled": _scaled,
     "linear": lambda e, x, w, b: e.node(
         "call_function", torch.nn.functional.linear, (e.operand(x), e.operand(w), e.operand(b))
     ),

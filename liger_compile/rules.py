@@ -200,7 +200,7 @@ def mul(c: Call, x: Any, other: Any) -> Term:
     for a, b in ((x, y), (y, x)):
         if b.op == "sigmoid" and b.args[0] is a:
             return elementwise(c, "silu", a)  # x * sigmoid(x) -> silu(x)
-    return _product(c, y, x) if _is_by_class(x, y) else _product(c, x, y)
+    return _product(c, y, x) if _is_scale(x, y) else _product(c, x, y)
 
 
 def _product(c: Call, x: Term, y: Any) -> Term:
@@ -600,6 +600,9 @@ def slice_(c: Call, x: Term, dim: int, lo: Any, hi: Any, step: Any = 1) -> Term:
     if not same(step, 1):  # the end is right behind the last element: x[0:8:2] -> x[0:7:2]
         last = arith("mul", arith("floordiv", arith("sub", arith("sub", hi, lo), 1), step), step)
         hi = arith("add", arith("add", lo, last), 1)
+    if x.op == "expand" and same(hi, arith("add", lo, 1)) and _is_repeated(x, dim):
+        shape = (*x.shape[:dim], 1, *x.shape[len(x.shape) + dim + 1 :])
+        return _expand(Call(c.terms, x.dtype, shape), x.args[0])
     if x.op == "slice" and x.args[1] == dim and x.args[4] == 1:
         inner, _, start, _, _ = x.args
         return slice_(c, inner, dim, arith("add", start, lo), arith("add", start, hi), step)  # x[a:][b:c] -> x[a+b:a+c]
@@ -612,6 +615,12 @@ def slice_(c: Call, x: Term, dim: int, lo: Any, hi: Any, step: Any = 1) -> Term:
         extent = hi - lo if step == 1 else -((lo - hi) // step)
         shape = (*x.shape[:dim], extent, *x.shape[len(x.shape) + dim + 1 :])
     return c.step("slice", x, dim, lo, hi, step, dtype=x.dtype, shape=shape)
+
+
+def _is_repeated(expanded: Term, dim: int) -> bool:
+    """Whether all elements along a dimension are the same one."""
+    shape = expanded.args[0].shape
+    return -dim > len(shape) or same(shape[dim], 1)
 
 
 def _is_tensor(value: Any) -> bool:
@@ -631,12 +640,17 @@ def _is_scaled_sigmoid(x: Term) -> bool:
 
 
 def _is_scaled(x: Term) -> bool:
-    """Whether this is a product with a number, or with a number for each class."""
-    return x.op == "mul" and (not _is_tensor(x.args[1]) or _is_by_class(x.args[1], x.args[0]))
+    """Whether this is a product with a number, in a tensor or not, or with a number for each class."""
+    return x.op == "mul" and (not _is_tensor(x.args[1]) or _is_scale(x.args[1], x.args[0]))
 
 
-def _is_by_class(scale: Term, x: Term) -> bool:
-    return x.op in ("linear", "cast") and scale.shape is not None and same(scale.shape, x.shape[-1:]) and _is_rowwise(x)
+def _is_scale(scale: Term, x: Term) -> bool:
+    known = x.op in ("linear", "cast") and scale.shape is not None and scale.is_float and _is_rowwise(x)
+    return known and (_is_one_number(scale) or same(scale.shape, x.shape[-1:]))
+
+
+def _is_one_number(scale: Term) -> bool:
+    return same(scale.shape, ()) or same(scale.shape, (1,))
 
 
 def _is_columns(x: Term) -> bool:
@@ -1059,6 +1073,14 @@ def _expand(c: Call, x: Term, *args: Any, **kwargs: Any) -> Term:
     return _through_cast(c, x, lambda y: c.step("expand", y, c.shape, dtype=y.dtype, shape=c.shape))
 
 
+@rule("broadcast_tensors")
+def _broadcast_tensors(c: Call, *tensors: Any) -> tuple[Term, ...]:
+    tensors = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)) else tensors
+    if not c.parts:
+        raise PatternError("gives shapes that a pattern cannot know: operands broadcast without it")
+    return tuple(_expand(Call(c.terms, v.dtype, tuple(v.shape)), t) for t, v in zip(tensors, c.parts, strict=True))
+
+
 def permute(c: Call, x: Term, order: tuple[int, ...]) -> Term:
     """`order` names, for each of the last dimensions of the result, the negative dimension it comes from."""
     if widens(x):
@@ -1075,14 +1097,21 @@ def permute(c: Call, x: Term, order: tuple[int, ...]) -> Term:
         return x
     if order[-1] == -1 and _has_rows(x):
         return _of_rows(c, x, lambda y: permute(c, y, order))
+    if x.op == "log_softmax":  # log_softmax(x, dim).permute(order) -> log_softmax(x.permute(order), dim')
+        inner, dim = permute(c, x.args[0], order), x.args[1]
+        return c.terms.make("log_softmax", (inner, _moved(dim, order)), x.dtype, inner.shape)
     shape = None
     if x.shape is not None:
         shape = (*x.shape[: len(x.shape) - len(order)], *(x.shape[i] for i in order))
     if x.op == "repeat":  # repeat(x, dim, n).permute(order) -> repeat(x.permute(order), dim', n)
         inner, dim, n = x.args
-        moved = order.index(dim) - len(order) if dim in order else dim
-        return c.step("repeat", permute(c, inner, order), moved, n, dtype=x.dtype, shape=shape)
+        return c.step("repeat", permute(c, inner, order), _moved(dim, order), n, dtype=x.dtype, shape=shape)
     return c.step("permute", x, order, dtype=x.dtype, shape=shape)
+
+
+def _moved(dim: int, order: tuple[int, ...]) -> int:
+    """Where a dimension is behind `permute`."""
+    return order.index(dim) - len(order) if dim in order else dim
 
 
 @rule("transpose", "swapaxes", "swapdims")
@@ -1251,14 +1280,18 @@ def _by_tanh(c: Call, x: Term) -> Term:
 
 def _head(c: Call, x: Term) -> Term:
     """Some columns of a linear layer's output -> the output of a linear layer with some rows of its weight; scaled by
-    class, with scaled rows of it, which are rounded in place of the outputs."""
+    class, with scaled rows of it; scaled by a tensor of one number, with scaled inputs. What is scaled is rounded then,
+    and the outputs are not."""
     if x.op == "mul" and _is_tensor(x.args[1]):
         layer, scale = _unwidened(_head(c, x.args[0])), x.args[1]
         if layer.op != "linear":
             return x
-        rows, *weights = layer.args
-        scaled = [w if w is None else c.terms.make("by_class", (w, scale), w.dtype, w.shape) for w in weights]
-        return cast(c, c.terms.make("linear", (rows, *scaled), layer.dtype, x.shape), x.dtype)
+        rows, weight, bias = layer.args
+        if _is_one_number(scale):
+            rows, bias = (_scaled(c, t, scale) for t in (rows, bias))
+        else:
+            weight, bias = (_scaled(c, t, scale) for t in (weight, bias))
+        return cast(c, c.terms.make("linear", (rows, weight, bias), layer.dtype, x.shape), x.dtype)
     if _is_scaled_sigmoid(x):
         return _head(c, _by_tanh(c, x))
     if x.op in ("cast", "mul", "tanh") and isinstance(x.args[0], Term):
@@ -1275,6 +1308,10 @@ def _head(c: Call, x: Term) -> Term:
     weight = slice_(c, weight, -2, lo, hi)
     bias = slice_(c, bias, -1, lo, hi) if isinstance(bias, Term) else bias
     return c.terms.make("linear", (rows, weight, bias), x.dtype, x.shape)
+
+
+def _scaled(c: Call, x: Term | None, scale: Term) -> Term | None:
+    return None if x is None else c.terms.make("scaled", (x, scale), x.dtype, x.shape)
 
 
 def _cross_entropy_of(c: Call, x: Term, target: Term, weight: Any, ignore_index: Any, reduction: Any, smoothing: Any):

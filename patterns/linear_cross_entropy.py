@@ -21,13 +21,15 @@ def check(match: Match) -> str | dict:
     softcap = match.captures.get("softcap", 1)
     if isinstance(softcap, (int, float)) and softcap <= 0:
         return f"the softcap {softcap} is not positive"
-    if match.captures["weight"].op == "by_class" and _is_rounded_twice(match):
-        return "the logits have a scale for each class: the weight would be rounded for it, and the logits are too"
+    if "scaled" in (match.captures["hidden"].op, match.captures["weight"].op) and _is_rounded_twice(match):
+        return (
+            "the logits are scaled by a tensor: what they are computed from would be rounded for it, and they are too"
+        )
     return {"memory": match.options.loss}
 
 
 def _is_rounded_twice(match: Match) -> bool:
-    """Whether logits of a weight that was scaled, and rounded, are rounded too: all but those of the fused kernels."""
+    """Whether logits of what was scaled, and rounded, are rounded too: all but those of the fused kernels."""
     (rows, _), weight = match.shape("hidden"), match.captures["weight"]
     if weight.dtype is torch.float32:
         return False

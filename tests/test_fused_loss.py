@@ -400,6 +400,34 @@ def test_log_probabilities_at_size(memory, kind):
         assert relative_error(o, x) <= max(1.05 * relative_error(t, x), 2e-5)
 
 
+def scaled(hidden, weight, scale, target):
+    return F.cross_entropy(F.linear(hidden, weight) * scale, target)
+
+
+def divided(hidden, weight, scale, target):
+    z = F.linear(hidden, weight)
+    return F.cross_entropy((z if z.dtype is torch.float64 else z.float()) / scale, target)
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["random", "peaked"])
+@pytest.mark.parametrize("function, shape", [(scaled, ()), (scaled, (50257,)), (divided, (1,))], ids=str)
+def test_scaled_by_a_tensor_at_size(function, shape, kind):
+    """What the logits are computed from is rounded for it, and they are not."""
+    from liger_compile import explain
+
+    hidden, weight, _, target = realistic(kind, 4096, 2048, 50257)
+    scale = (torch.rand(shape, device=DEVICE) + 0.5).bfloat16().requires_grad_()
+    given = hidden, weight, scale, target
+    assert explain(function)(*given).counts == {"linear_cross_entropy": 1}
+    exact = run(function, given, ONE, torch.float64)
+    theirs, made = (run(f, given, ONE) for f in (function, torch.compile(function, backend="liger")))
+    for o, t, x in zip(made, theirs, exact, strict=True):
+        assert o.dtype is t.dtype and o.shape == t.shape
+        one = 2e-5 if o.dtype is torch.float32 else torch.finfo(o.dtype).eps / 2  # a number is off by chance
+        assert relative_error(o, x) <= max(1.05 * relative_error(t, x), one if o.numel() == 1 else 0)
+
+
 def requested():
     """Bytes asked of the allocator, whose blocks may be larger by as much as it happens to have."""
     return torch.cuda.memory_stats_as_nested_dict()["requested_bytes"]["all"]
