@@ -165,7 +165,7 @@ def _is_element(value: Linear) -> bool:
 
 Rule = Callable[..., Value]
 _OPERATIONS: dict[str, Rule] = {}
-"""Of canonical terms, by what they are called in `rules.py`."""
+"""Of canonical terms, by what they are called in `rules`."""
 _CALLS: dict[str, Rule] = {}
 """Of other calls, by torch's name. `x.repeat(1, 2)` is one, and is not what a canonical `repeat` is."""
 

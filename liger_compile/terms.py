@@ -2,7 +2,7 @@
 
 A `Term` is a read-only view of a computation. Terms are made only through `Terms.make`, which interns them, so two
 equal computations are one object and are compared with `is`. The rules that bring a call into canonical form are in
-`rules.py`; `graph_terms.py` views an FX graph through them and `pattern.py` a plain Python function.
+`rules`; `graph_terms.py` views an FX graph through them, `pattern.py` a plain Python function.
 """
 
 from __future__ import annotations

@@ -409,9 +409,12 @@ def divided(hidden, weight, scale, target):
     return F.cross_entropy((z if z.dtype is torch.float64 else z.float()) / scale, target)
 
 
+SCALES = ["by a number", "by class", "divided"]
+
+
 @gpu
 @pytest.mark.parametrize("kind", ["random", "peaked"])
-@pytest.mark.parametrize("function, shape", [(scaled, ()), (scaled, (50257,)), (divided, (1,))], ids=str)
+@pytest.mark.parametrize("function, shape", [(scaled, ()), (scaled, (50257,)), (divided, (1,))], ids=SCALES)
 def test_scaled_by_a_tensor_at_size(function, shape, kind):
     """What the logits are computed from is rounded for it, and they are not."""
     from liger_compile import explain
