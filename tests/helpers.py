@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -99,3 +100,29 @@ class Accuracy:
             eps = self._eps[name]
             rounding = 8 * eps if eps < 1e-6 else eps * (0.25 + 0.75 * scatter)
             assert error <= max((1.05 + 3 * scatter) * eager, rounding), f"{name}: error {error:.3e}, eager {eager:.3e}"
+
+
+def ordered(report, **values):
+    """The inputs of a graph in its order, by the names that Dynamo made from the function's parameters."""
+    names = [n.target for n in report.graphs[0].before.graph.nodes if n.op == "placeholder"]
+    return [values[re.fullmatch(r"L_(\w+?)_+", n).group(1)] for n in names]
+
+
+def gradients(function, h, w, y):
+    h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
+    loss = function(h, w, y)
+    return loss.detach(), *torch.autograd.grad(loss, (h, w))
+
+
+def half(x):
+    x1 = x[..., : x.shape[-1] // 2]
+    x2 = x[..., x.shape[-1] // 2 :]
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def neighbours(x):
+    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+
+def as_complex(x):
+    return torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
