@@ -138,6 +138,10 @@ _IMPLICIT: dict[str, Callable[..., fx.Node]] = {
     "cast": lambda e, x, dtype: e.node("call_method", "to", (e.operand(x), dtype)),
     "reshape": lambda e, x, shape: e.node("call_method", "reshape", (e.operand(x), *_sizes(e, shape))),
     "permute": lambda e, x, order: e.node("call_method", "permute", (e.operand(x), *_full(x, order))),
+    "expand": lambda e, x, shape: e.node("call_method", "expand", (e.operand(x), *_sizes(e, shape))),
+    "mul": lambda e, x, y: e.node("call_function", operator.mul, (e.operand(x), e.operand(y))),
+    "reciprocal": lambda e, x: e.node("call_function", torch.reciprocal, (e.operand(x),)),
+    "not": lambda e, x: e.node("call_function", torch.logical_not, (e.operand(x),)),
     "slice": _slice,
     "from_end": _from_end,
     "scaled": _scaled,
@@ -145,6 +149,19 @@ _IMPLICIT: dict[str, Callable[..., fx.Node]] = {
         "call_function", torch.nn.functional.linear, (e.operand(x), e.operand(w), e.operand(b))
     ),
 }
+
+
+def check_operands(view: GraphTerms, site: Site) -> None:
+    """Raises `Illegal` if an operand is neither in the graph nor made of what is by calls that move data or cast it."""
+    given = site.match.captures.values()
+    todo = [v for c in given for v in (c if isinstance(c, tuple) else (c,)) if isinstance(v, Term)]
+    while todo:
+        term = todo.pop()
+        if term in view.carriers or (view.lender is not None and term in view.lender.carriers):
+            continue
+        if term.op not in _IMPLICIT:
+            raise Illegal(f"{describe(term)} is not computed anywhere in the graph")
+        todo += [a for a in term.args if isinstance(a, Term)]
 
 
 def _full(x: Term, order: tuple[int, ...]) -> tuple[int, ...]:

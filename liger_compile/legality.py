@@ -107,7 +107,7 @@ def check(site: Site, defer: bool) -> Site:
     _check_operands(site)
     _check_regions(site)
     _check_order(site)
-    returned = _check_other_users(site, defer and site.match.pattern.on_demand)
+    returned = _check_other_users(site, defer)
     if site.match.pattern.check is not None:
         found = _asked(site.match)
         if isinstance(found, str):
@@ -194,9 +194,14 @@ def _check_other_users(site: Site, defer: bool) -> tuple[fx.Node, ...]:
             free.add(node)
             continue
         outside = [user for user in node.users if user not in inside]
-        if outside and defer and all(u.op == "output" for u in outside):
+        if outside and defer and all(u.op == "output" for u in outside) and _is_on_demand(site, term):
             returned.append(node)
         elif outside:
             what = "returned" if outside[0].op == "output" else f"also used by {outside[0].name}"
             raise Illegal(f"the intermediate result {node.name} is {what}", outside[0])
     return tuple(returned)
+
+
+def _is_on_demand(site: Site, term: Term | None) -> bool:
+    allowed = site.match.pattern.on_demand
+    return allowed(term) if callable(allowed) and term is not None else bool(allowed)

@@ -44,8 +44,8 @@ class Pattern:
     check: Check | None = None
     recompute: bool | str = False
     """Whether the backward may compute the replacement again instead of keeping its result."""
-    on_demand: bool = False
-    """Whether intermediate results that the graph returns may be computed when somebody reads them."""
+    on_demand: bool | Callable[[Term], bool] = False
+    """Whether intermediate results that the graph returns may be computed when somebody reads them, or which ones."""
     examples: Examples | None = None
     """Given a tensor factory and a number of rows, yields operands to try the pattern with, by name."""
     priority: int = 0

@@ -18,7 +18,7 @@ from . import trial
 from .emit import parameters_of
 from .log import log
 from .pattern import Check, Effect, Examples, Pattern, target_of, where
-from .terms import PatternError
+from .terms import PatternError, Term
 
 BUILTIN = "liger_compile.patterns"
 """The package of the patterns that are shipped; also the group of entry points by which others ship theirs."""
@@ -32,7 +32,7 @@ def register_pattern(
     check: Check | None = None,
     name: str | None = None,
     recompute: bool | str = False,
-    on_demand: bool = False,
+    on_demand: bool | Callable[[Term], bool] = False,
     examples: Examples | None = None,
     priority: int = 0,
     effect: Effect | None = None,
@@ -59,7 +59,7 @@ def register_pattern(
         recompute: whether the backward may run the replacement again instead of keeping its result; "lean", only with
             `options={"liger.memory": "lean"}`.
         on_demand: whether intermediate results that the model returns (logits next to a loss) may be computed only when
-            somebody reads them, instead of preventing the rewrite.
+            somebody reads them, instead of preventing the rewrite; a function says of which, by their terms.
         examples: operands to try the pattern with. It is called with a tensor factory and a number of rows, and yields
             dictionaries of operands by name. `make(*shape)` gives values that need a gradient, `make.constant(*shape)`
             some that need none, `make.integers(high, *shape)` whole numbers below `high`. They buy a check, made at
@@ -93,7 +93,7 @@ def pattern(
     check: Check | None = None,
     name: str | None = None,
     recompute: bool | str = False,
-    on_demand: bool = False,
+    on_demand: bool | Callable[[Term], bool] = False,
     examples: Examples | None = None,
     priority: int = 0,
     effect: Effect | None = None,
@@ -113,7 +113,7 @@ def make_pattern(
     check: Check | None = None,
     name: str | None = None,
     recompute: bool | str = False,
-    on_demand: bool = False,
+    on_demand: bool | Callable[[Term], bool] = False,
     examples: Examples | None = None,
     priority: int = 0,
     effect: Effect | None = None,

@@ -10,7 +10,7 @@ from torch import fx
 
 from . import _torch, fuel, verify
 from .deferral import defer
-from .emit import emit
+from .emit import check_operands, emit
 from .graph_terms import GraphTerms
 from .inplace import outplaced
 from .legality import Illegal, Site, check, sites
@@ -169,6 +169,7 @@ def _match_at(
             for site in sites(match):
                 nodes = {*site.outputs, *site.interior}
                 legal.append(check(site, defer=options.logits == "lazy"))
+                check_operands(view, legal[-1])
         except Illegal as illegal:
             refused[name, frozenset(nodes)] = _miss(name, view.carriers[anchor][0], str(illegal), "left", nodes)
             continue

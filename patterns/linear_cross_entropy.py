@@ -13,6 +13,8 @@ from liger_compile.match import Match
 from liger_compile.ops.linear_cross_entropy import BUDGET, SMALL_BYTES, is_hopper
 from liger_compile.registry import pattern
 from liger_compile.report import size
+from liger_compile.rules import down_to_losses
+from liger_compile.terms import Term
 
 
 def check(match: Match) -> str | dict:
@@ -25,6 +27,8 @@ def check(match: Match) -> str | dict:
         return (
             "the logits are scaled by a tensor: what they are computed from would be rounded for it, and they are too"
         )
+    if match.captures.get("row_weight") is not None and match.requires_grad("row_weight"):
+        return "the weights of rows need a gradient"
     return {"memory": match.options.loss}
 
 
@@ -36,6 +40,11 @@ def _is_rounded_twice(match: Match) -> bool:
     device = value_of(next(iter(match.view.sources([weight])))).device
     small = isinstance(rows, int) and rows * weight.shape[0] * weight.dtype.itemsize <= SMALL_BYTES
     return weight.dtype is not torch.bfloat16 or small or not (device.type == "meta" or is_hopper(device))
+
+
+def is_large(returned: Term) -> bool:
+    """Logits and the like are computed on demand, and not what is one number for each row: that is a loss again."""
+    return down_to_losses(returned) is None
 
 
 def effect(match: Match) -> str:
@@ -57,6 +66,8 @@ def examples(make, rows):
             "bias": bias,
             "target": target,
             "shape": (rows, 1),
+            "row_weight": make.constant(rows),
+            "factor": 0.5,
             "ignore_index": -100,
             "reduction": reduction,
             "class_weight": make.constant(67).abs(),
@@ -67,11 +78,10 @@ def examples(make, rows):
         }
 
 
-def loss_pattern(replace=ops.linear_cross_entropy, **fixed):
-    op = partial(replace, **fixed)
-    spares = effect if replace is ops.linear_cross_entropy else None
-    how = {"check": check, "on_demand": True, "examples": examples, "effect": spares}
-    return pattern(op, name="linear_cross_entropy", **how)
+def loss_pattern(replace=ops.linear_cross_entropy, **how):
+    spares = effect if replace in (ops.linear_cross_entropy, ops.linear_cross_entropy_sum) else None
+    how = {"check": check, "on_demand": is_large, "examples": examples, "effect": spares, **how}
+    return pattern(replace, name="linear_cross_entropy", **how)
 
 
 def loss(logits, target, ignore_index, reduction, smoothing=0.0):
@@ -161,6 +171,41 @@ def softcapped_rows(
 ):
     capped = cap(head(hidden, weight, bias, wide), softcap)
     return rows(capped, target, shape, ignore_index, label_smoothing, negative)
+
+
+def weighted_sum(logits, target, row_weight, factor, ignore_index, smoothing):
+    return (loss(logits, target, ignore_index, "none", smoothing) * row_weight).sum() * factor
+
+
+sum_pattern = partial(loss_pattern, ops.linear_cross_entropy_sum, priority=1)
+"""Before the losses of rows, which hold what these do not."""
+
+
+@sum_pattern()  # a mask of the tokens that count, rewards
+def plain_sum(hidden, weight, bias, target, row_weight, factor, ignore_index, label_smoothing):
+    return weighted_sum(F.linear(hidden, weight, bias), target, row_weight, factor, ignore_index, label_smoothing)
+
+
+@sum_pattern()
+def scaled_sum(hidden, weight, bias, target, row_weight, factor, ignore_index, label_smoothing, scale, *, wide: Wide):
+    logits = head(hidden, weight, bias, wide) * scale
+    return weighted_sum(logits, target, row_weight, factor, ignore_index, label_smoothing)
+
+
+@sum_pattern()
+def divided_sum(
+    hidden, weight, bias, target, row_weight, factor, ignore_index, label_smoothing, divisor, *, wide: Wide
+):
+    logits = head(hidden, weight, bias, wide) / divisor
+    return weighted_sum(logits, target, row_weight, factor, ignore_index, label_smoothing)
+
+
+@sum_pattern()
+def softcapped_sum(
+    hidden, weight, bias, target, row_weight, factor, ignore_index, label_smoothing, softcap, *, wide: Wide
+):
+    logits = cap(head(hidden, weight, bias, wide), softcap)
+    return weighted_sum(logits, target, row_weight, factor, ignore_index, label_smoothing)
 
 
 @loss_pattern(ops.linear_cross_entropy_lse)  # z-loss, as in PaLM: the second result is squared and added

@@ -108,9 +108,10 @@ def ordered(report, **values):
     return [values[re.fullmatch(r"L_(\w+?)_+", n).group(1)] for n in names]
 
 
-def gradients(function, h, w, y):
+def gradients(function, h, w, *others):
+    """A loss and its gradients."""
     h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
-    loss = function(h, w, y)
+    loss = function(h, w, *others)
     return loss.detach(), *torch.autograd.grad(loss, (h, w))
 
 

@@ -221,6 +221,51 @@ def loss_of_a_distribution(h, w, b, y):
     return torch.distributions.Categorical(logits=F.linear(h.view(2, 3, 8), w, b)).log_prob(y.view(2, 3))
 
 
+def loss_of_tokens_that_count(h, w, b, y):
+    losses = F.cross_entropy(F.linear(h, w, b).float(), y, reduction="none")
+    return (losses * (y > 2)).sum() / (y > 2).sum()
+
+
+def loss_of_tokens_of_sequences(h, w, b, y):
+    logits, mask = F.linear(h.view(2, 3, 8), w).float(), (y.view(2, 3) > 2).float()
+    losses = F.cross_entropy(logits.transpose(1, 2), y.view(2, 3), reduction="none")
+    return (losses * mask).sum() / mask.sum()
+
+
+def loss_of_tokens_filled(h, w, b, y):
+    losses = F.cross_entropy(F.linear(h, w), y, reduction="none").view(2, 3)
+    return losses.float().masked_fill(y.view(2, 3) > 4, 0.0).sum() / 3
+
+
+def loss_of_tokens_chosen(h, w, b, y):
+    losses = F.cross_entropy(F.linear(h, w, b).float() * 0.25, y, reduction="none")
+    return torch.where(y > 2, losses, 0.0).mean()
+
+
+def loss_of_rewards(h, w, b, y):  # of policies: -E[reward log p]
+    log_p = F.linear(h.view(2, 3, 8), w).float().log_softmax(-1).gather(-1, y.view(2, 3, 1)).squeeze(-1)
+    return -(log_p * b[:2].float().unsqueeze(-1) * (y.view(2, 3) > 2)).sum() / 2
+
+
+def loss_of_each_sequence(h, w, b, y):
+    log_p = F.linear(h.view(2, 3, 8), w).float().log_softmax(-1).gather(-1, y.view(2, 3, 1)).squeeze(-1)
+    mask = (y.view(2, 3) > 2).float()
+    return -((log_p * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+
+
+def loss_mean_of_rows(h, w, b, y):
+    return F.cross_entropy(F.linear(h, w, b).float(), y, ignore_index=3, reduction="none").mean()
+
+
+def loss_by_dot(h, w, b, y):
+    return torch.dot(F.cross_entropy(F.linear(h, w).float(), y, reduction="none"), b[:6].float().abs())
+
+
+def loss_of_weights_twice(h, w, b, y):
+    losses = F.cross_entropy(torch.tanh(F.linear(h, w) / 5.0) * 5.0, y, reduction="none").float()
+    return 0.5 * (losses * b[:6].float() / (y > 2).sum() * b[:1].float()).sum()
+
+
 def loss_difference(h, w, b, y):
     logits = F.linear(h.view(2, 3, 8), w).float()
     target = logits.gather(-1, y.view(2, 3, 1)).squeeze(-1)
@@ -312,6 +357,55 @@ def test_linear_cross_entropy(function, dtype):
     result = report.graphs[0].after(*ordered(report, h=h, w=w, b=b, y=y))[0]
     torch.testing.assert_close(result, function(h, w, b, y), rtol=2e-2, atol=2e-2)
     assert result.dtype == function(h, w, b, y).dtype
+
+
+SUMS = [
+    f for f in LOSSES if f.__name__.startswith(("loss_of_tokens", "loss_of_rewards", "loss_of_each", "loss_by_dot"))
+]
+
+
+@pytest.mark.parametrize("function", [*SUMS, loss_mean_of_rows, loss_of_weights_twice], ids=lambda f: f.__name__)
+def test_sums_of_losses(function):
+    """A number is made of the losses, so that its gradient is known when they are computed."""
+    h, w, b = (torch.randn(s) for s in ((6, 8), (11, 8), 11))
+    y = torch.tensor([0, 10, 3, 5, 3, 7])
+    report = report_of(function, h, w, b, y)
+    assert [m.replacement for m in report.matches] == ["liger_compile.linear_cross_entropy_sum.default"]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=rewritten(reports := []), dynamic=True)
+    for _ in range(2):
+        torch.testing.assert_close(*(gradients(f, h, w, b, y) for f in (compiled, function)))
+    assert all(r.counts == {"linear_cross_entropy": 1} for r in reports)
+
+
+def test_sums_whose_weights_are_trained():
+    def function(h, w, s, y):
+        return (F.cross_entropy(F.linear(h, w), y, reduction="none") * s).sum()
+
+    h, w, s, y = torch.randn(6, 8), torch.randn(11, 8), torch.randn(6, requires_grad=True), torch.randint(11, (6,))
+    report = report_of(function, h, w, s, y)
+    assert [m.replacement for m in report.matches] == ["liger_compile.linear_cross_entropy.default"]
+
+
+def test_sums_of_losses_that_are_returned_too():
+    """The losses are not computed again for it."""
+
+    def function(h, w, y):
+        losses = F.cross_entropy(F.linear(h, w), y, reduction="none")
+        return (losses * y).sum(), losses
+
+    report = report_of(function, torch.randn(6, 8), torch.randn(11, 8), torch.randint(11, (6,)))
+    assert [m.replacement for m in report.matches] == ["liger_compile.linear_cross_entropy.default"]
+    assert not [n for n in report.graphs[0].after.graph.nodes if n.op == "call_module"]
+
+
+def test_losses_that_are_weighted_several_times():
+    def function(h, w, s, y):
+        return (F.cross_entropy(F.linear(h, w), y, reduction="none") * s).sum()
+
+    h, w, s, y = torch.randn(6, 8), torch.randn(11, 8), torch.randn(4, 6), torch.randint(11, (6,))
+    report = report_of(function, h, w, s, y)
+    assert [m.replacement for m in report.matches] == ["liger_compile.linear_cross_entropy.default"]
 
 
 @pytest.mark.parametrize("function", SCALED, ids=lambda f: f.__name__)

@@ -8,7 +8,12 @@ from . import norm_rope as _norm_rope  # noqa: F401  (for `fuse.py`)
 from .embedding import embedding
 from .gated_rms_norm import gated_rms_norm
 from .glu import glu, packed_glu
-from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_lse, linear_cross_entropy_rows
+from .linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_lse,
+    linear_cross_entropy_rows,
+    linear_cross_entropy_sum,
+)
 from .masked_attention import masked_attention
 from .rms_norm import rms_norm
 from .rope import complex_rope, complex_rope_pair, rope, rope_pair
@@ -22,6 +27,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_lse",
     "linear_cross_entropy_rows",
+    "linear_cross_entropy_sum",
     "masked_attention",
     "packed_glu",
     "rms_norm",

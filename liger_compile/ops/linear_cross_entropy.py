@@ -21,6 +21,11 @@ with y = target_i, w = class_weight or 1, e = label_smoothing.
 wide=False, label_smoothing=0.0, negative=False, memory="balanced") -> losses`: those of reduction "none", in another
 shape of N elements; if `negative`, -losses: the log-probabilities of the labels.
 
+`linear_cross_entropy_sum(hidden, weight, bias, target, row_weight=None, factor=1.0, ignore_index=-100, scale=1.0,
+divisor=1.0, softcap=0.0, wide=False, label_smoothing=0.0, memory="balanced") -> loss`: a float32 scalar, factor times
+the sum of w_i loss_i, with w the N elements of row_weight, which has no gradient, or 1. Rows of weight 0 are left out,
+as those are that are ignored.
+
 `linear_cross_entropy_lse(hidden, weight, bias, target, ignore_index=-100, reduction="mean", scale=1.0, divisor=1.0,
 softcap=0.0, wide=False, shape=None) -> (loss, lse)`: the loss, and float32 log(sum_j exp(z_ij)) of every row, [N] or in
 another shape of N elements, for losses that are computed from that too (z-loss). It holds all logits, as the code does
@@ -336,6 +341,15 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"linear_cross_entropy: {name} is one of {known}, not {value!r}")
 
 
+def _checked(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, memory: str, label_smoothing: float
+) -> None:
+    chunked.check_operands(hidden, weight, bias, target)
+    _one_of("memory", memory, tuple(BUDGET))
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"linear_cross_entropy: label_smoothing is between 0 and 1, not {label_smoothing}")
+
+
 def _counted(target: Tensor, ignore_index: int, classes: int) -> Tensor:
     counted = target != ignore_index
     if target.is_cuda:  # elsewhere the op itself raises
@@ -364,11 +378,8 @@ def _linear_cross_entropy(
     label_smoothing: float = 0.0,
     memory: str = "balanced",
 ) -> Tensor:
-    chunked.check_operands(hidden, weight, bias, target)
+    _checked(hidden, weight, bias, target, memory, label_smoothing)
     _one_of("reduction", reduction, REDUCTIONS)
-    _one_of("memory", memory, tuple(BUDGET))
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"linear_cross_entropy: label_smoothing is between 0 and 1, not {label_smoothing}")
     sums = torch.promote_types(torch.float32, hidden.dtype)
     if class_weight is not None:
         if label_smoothing:
@@ -384,19 +395,23 @@ def _linear_cross_entropy(
         z = _written_out(hidden, weight, bias, how)
         semantics = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
         return F.cross_entropy(z, target, class_weight, **semantics)
-    bias, target = _dense(bias, target)
-    given = count = None
     counted = _counted(target, ignore_index, weight.shape[0])
+    given = count = None
     if class_weight is not None:
         given = torch.where(counted, class_weight.to(sums)[torch.where(counted, target, 0)], 0)
     if reduction != "none":
         ones = counted if given is None else given
         count = ones.sum().to(sums) if reduction == "mean" else torch.ones((), dtype=sums, device=hidden.device)
     call = _Call(ignore_index, how, (), BUDGET[memory])
+    return _computed(call, _Operands(hidden, weight, *_dense(bias, target), given), count, memory)
+
+
+def _computed(call: _Call, o: _Operands, count: Tensor | None, memory: str) -> Tensor:
+    """The losses, times what is given, or their sum over `count`."""
     if torch.is_grad_enabled():
-        return _Loss.apply(hidden, weight, bias, target, given, count, call, memory)
-    losses = _losses(call, _Operands(hidden, weight, bias, target, None))
-    losses = losses if given is None else losses * given
+        return _Loss.apply(*o, count, call, memory)
+    losses = _losses(call, o._replace(given=None))
+    losses = losses if o.given is None else losses * o.given
     return losses if count is None else losses.sum() / count
 
 
@@ -405,6 +420,50 @@ linear_cross_entropy = define_composite(
     " str reduction='mean', float scale=1.0, float divisor=1.0, float softcap=0.0, bool wide=False,"
     " Tensor? class_weight=None, float label_smoothing=0.0, str memory='balanced') -> Tensor",
     _linear_cross_entropy,
+)
+
+
+def _linear_cross_entropy_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    row_weight: Tensor | None = None,
+    factor: float = 1.0,
+    ignore_index: int = -100,
+    scale: float = 1.0,
+    divisor: float = 1.0,
+    softcap: float = 0.0,
+    wide: bool = False,
+    label_smoothing: float = 0.0,
+    memory: str = "balanced",
+) -> Tensor:
+    how = scale, divisor, softcap, wide, None, label_smoothing, memory
+    if row_weight is None:
+        return _linear_cross_entropy(hidden, weight, bias, target, ignore_index, "sum", *how) * factor
+    if row_weight.numel() != target.numel() or row_weight.requires_grad:
+        raise ValueError(
+            f"linear_cross_entropy: row_weight has shape {tuple(row_weight.shape)}, needs {target.shape[0]} elements, "
+            "and no gradient"
+        )
+    sums = torch.promote_types(torch.float32, hidden.dtype)
+    row_weight = row_weight.reshape(-1).to(sums)
+    if _is_left(hidden, weight, label_smoothing, memory):
+        losses = _linear_cross_entropy(hidden, weight, bias, target, ignore_index, "none", *how)
+        return (losses * row_weight).sum() * factor
+    _checked(hidden, weight, bias, target, memory, label_smoothing)
+    _counted(target, ignore_index, weight.shape[0])
+    target = torch.where(row_weight == 0, ignore_index, target)
+    call = _Call(ignore_index, Transform(*how[:4], label_smoothing), (), BUDGET[memory])
+    one = torch.ones((), dtype=sums, device=hidden.device)
+    return _computed(call, _Operands(hidden, weight, *_dense(bias, target), row_weight), one, memory) * factor
+
+
+linear_cross_entropy_sum = define_composite(
+    "linear_cross_entropy_sum(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? row_weight=None,"
+    " float factor=1.0, int ignore_index=-100, float scale=1.0, float divisor=1.0, float softcap=0.0, bool wide=False,"
+    " float label_smoothing=0.0, str memory='balanced') -> Tensor",
+    _linear_cross_entropy_sum,
 )
 
 

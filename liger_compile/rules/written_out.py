@@ -40,7 +40,7 @@ def unit_of(c: Call, x: Term, y: Any) -> Term | None:
     The norm is that of the last dimension, or so many times it; numbers among the factors go into the scale.
     """
     if not is_tensor(y):
-        if x.op == "unit" and (times := _times(x.args[3], y)) is not None:
+        if x.op == "unit" and (times := times_number(x.args[3], y)) is not None:
             return c("unit", *x.args[:3], times)  # (x / norm(x)) * k
         if x.op == "mul":
             for unit, weight in (x.args, reversed(x.args)):
@@ -55,7 +55,7 @@ def unit_of(c: Call, x: Term, y: Any) -> Term | None:
         normed, guard, eps, scale = found
         row, times = without_number(unwidened(whole))
         if unwidened(row) is unwidened(normed) and times > 0:
-            return c("unit", whole if times == 1 else row, guard, eps, _times(scale, times))
+            return c("unit", whole if times == 1 else row, guard, eps, times_number(scale, times))
     return None
 
 
@@ -83,12 +83,12 @@ def _guarded(x: Term) -> tuple[Term, str, Any, Any] | None:
 def without_number(x: Term) -> tuple[Term, float]:
     """y, k where x is y times a number k."""
     times = 1.0
-    while x.op == "mul" and (k := _times(times, x.args[1])) is not None and isinstance(k, float):
+    while x.op == "mul" and (k := times_number(times, x.args[1])) is not None and isinstance(k, float):
         x, times = x.args[0], k
     return x, times
 
 
-def _times(scale: Any, k: Any) -> Any:
+def times_number(scale: Any, k: Any) -> Any:
     """scale * k of numbers, one of which is 1 if the other is not known before the graph runs; else None."""
     if isinstance(k, Term) and k.op == "reciprocal" and isinstance(k.args[0], (int, float)) and k.args[0] != 0:
         k = 1 / k.args[0]
