@@ -57,16 +57,16 @@ def effect(match: Match) -> str:
 
 def examples(make, rows):
     for reduction, bias in itertools.product(("mean", "sum", "none"), (make(67), None)):
-        target = make.integers(67, rows)
+        target, row_weight = make.integers(67, rows), make.constant(rows).sign()
         if rows > 2:
-            target[1] = -100
+            target[1], row_weight[2] = -100, 0
         yield {
             "hidden": make(rows, 120),
             "weight": make(67, 120) * 0.2,
             "bias": bias,
             "target": target,
             "shape": (rows, 1),
-            "row_weight": make.constant(rows),
+            "row_weight": row_weight,
             "factor": 0.5,
             "ignore_index": -100,
             "reduction": reduction,

@@ -209,6 +209,49 @@ def test_rows_of_their_own(way):
 
 
 @two_ways
+def masked(hidden, weight, bias, target, row_weight):
+    """As models write it."""
+    z = F.linear(hidden, weight, bias)
+    losses = F.cross_entropy(z if z.dtype is torch.float64 else z.float(), target, reduction="none")
+    return (losses.view(2, -1) * row_weight.view(2, -1)).sum() / row_weight.sum()
+
+
+def masked_by_op(hidden, weight, bias, target, row_weight):
+    total = module.linear_cross_entropy_sum(hidden, weight, bias, target, row_weight.view(2, -1))
+    return total / row_weight.sum()
+
+
+def compare(theirs, ours, given, **how):
+    """Each error of one function is at most 1.05 times that of another, as in `check`."""
+    exact = run(functools.partial(theirs, **how), given, ONE, torch.float64)
+    other, made = (run(functools.partial(f, **how), given, ONE) for f in (theirs, ours))
+    for i, (o, t, x) in enumerate(zip(made, other, exact, strict=True)):
+        assert o.dtype is t.dtype and o.shape == t.shape and not o.isnan().any(), f"result {i}"
+        allowed = max(1.5e-2 if INTERPRETED else 1.05 * relative_error(t, x), 2e-5 if i == 0 else 0)
+        assert relative_error(o, x) <= allowed, f"result {i}"
+
+
+def weights(kind, n):
+    """Of rows: a mask, or rewards."""
+    made = torch.randn(n, device=DEVICE) + 0.5
+    return (made > 1).float() if kind == "mask" else torch.where(made.abs() < 0.3, 0, made)
+
+
+@pytest.mark.parametrize("kind", ["mask", "rewards"])
+def test_weights_of_rows(kind, monkeypatch):
+    monkeypatch.setitem(module.BUDGET, "balanced", 1)
+    compare(masked, masked_by_op, operands(200, 72, 530, bias=True, ignored=0.1), row_weight=weights(kind, 200))
+
+
+def test_rows_of_weight_zero_are_left_out(monkeypatch):
+    seen = []
+    order = fused._Order.of
+    monkeypatch.setattr(fused._Order, "of", lambda *args: seen.append(order(*args)) or seen[-1])
+    row_weight = weights("mask", 140)
+    masked_by_op(*operands(140, 16, 40, ignored=0.0), row_weight).backward()
+    assert [int(rows.total) for rows in seen] == [int(row_weight.sum())]
+
+
 def test_class_weights(way):
     check(operands(140, 64, 300), class_weight=torch.rand(300, device=DEVICE), **way)
 
@@ -407,6 +450,18 @@ def scaled(hidden, weight, scale, target):
 def divided(hidden, weight, scale, target):
     z = F.linear(hidden, weight)
     return F.cross_entropy((z if z.dtype is torch.float64 else z.float()) / scale, target)
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["mask", "rewards"])
+@pytest.mark.parametrize("logits", ["random", "peaked"])
+def test_weights_of_rows_at_size(logits, kind):
+    from liger_compile import explain
+
+    given, row_weight = realistic(logits, 4096, 2048, 50257), weights(kind, 4096)
+    (match,) = explain(masked)(*given, row_weight).matches
+    assert match.replacement == "liger_compile.linear_cross_entropy_sum.default"
+    compare(masked, torch.compile(masked, backend="liger"), given, row_weight=row_weight)
 
 
 SCALES = ["by a number", "by class", "divided"]

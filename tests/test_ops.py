@@ -227,6 +227,12 @@ SAMPLES = {
         lambda: ((some(6, 8), some(9, 8), some(9), labels(), [2, 3]), {"softcap": 3.0}),
         lambda: ((half(6, 8), half(9, 8), None, labels().abs() % 9, [6, 1]), {"negative": True, "divisor": 0.7}),
     ],
+    "linear_cross_entropy_sum": [
+        lambda: ((some(6, 8), some(9, 8), some(9), labels(), fixed(2, 3)), {"softcap": 3.0, "factor": 0.5}),
+        lambda: ((half(6, 8), half(9, 8), None, labels().abs() % 9, labels() > 3), {"divisor": 0.7}),
+        lambda: ((some(6, 8), some(9, 8), None, labels()), {"factor": -1.0}),
+        lambda: ((some(6, 8), some(9, 8), None, labels(), fixed(6)), {"label_smoothing": 0.1, "memory": "lean"}),
+    ],
     "linear_cross_entropy_lse": [
         lambda: ((some(6, 8), some(9, 8), some(9), labels()), {}),
         lambda: ((some(6, 8), fixed(9, 8), None, labels()), {"reduction": "none", "scale": 0.5}),
@@ -392,6 +398,11 @@ ERRORS = [
     (lambda: ops.linear_cross_entropy(some(4, 8), some(7, 8), None, Y, label_smoothing=2.0), r"between 0 and 1, not 2"),
     (lambda: ops.linear_cross_entropy(some(4, 8), some(7, 8), None, Y, class_weight=some(7)), r"and no gradient"),
     (lambda: ops.linear_cross_entropy(some(4, 8), some(7, 8), None, Y, class_weight=fixed(6)), r"\(6,\), needs \[7\]"),
+    (
+        lambda: ops.linear_cross_entropy_sum(some(4, 8), some(7, 8), None, Y, fixed(5)),
+        r"row_weight has shape \(5,\), needs 4 elements",
+    ),
+    (lambda: ops.linear_cross_entropy_sum(some(4, 8), some(7, 8), None, Y, some(4)), r"row_weight .*, and no gradient"),
     (
         lambda: ops.linear_cross_entropy(some(4, 8), some(7, 8), None, Y, class_weight=fixed(7), label_smoothing=0.1),
         r"class_weight and label_smoothing are not taken together",

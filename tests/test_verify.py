@@ -167,7 +167,7 @@ FUSED_LATER = {"add_rms_norm", "rms_norm_add", "rms_norm_backward_add", "norm_ro
 COMPOSED = {
     *("rms_norm", "gated_rms_norm", "glu", "packed_glu", "rope", "rope_pair", "embedding"),
     *("complex_rope", "complex_rope_pair"),
-    *("linear_cross_entropy", "linear_cross_entropy_lse", "linear_cross_entropy_rows"),
+    *("linear_cross_entropy", "linear_cross_entropy_lse", "linear_cross_entropy_rows", "linear_cross_entropy_sum"),
 }
 """Ops that have no kernel but those of others."""
 
