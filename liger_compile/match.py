@@ -131,7 +131,9 @@ _FAMILIES = (
     {"cross_entropy", "cross_entropy_of_probabilities", "nll_loss", "kl_div", "mse_loss", "pick"},
 )
 _ARITHMETIC = {"add", "sub", "mul", "div", "neg", "square", "cast", "slice", "select", "reshape", "permute", "expand"}
-_COMMON = _ARITHMETIC | {"cat"}
+_ANYWHERE = _ARITHMETIC | {"linear", "logsumexp", "sum_of_squares"}
+"""What is in models of all kinds, and does not tell a pattern."""
+_COMMON = _ANYWHERE | {"cat"}
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -229,7 +231,7 @@ class Matcher:
             score = (len(matched) - 0.5 * (len(differences) - 1)) / spelling.operations
             known = {_name(p) for p in matched}
             telling = bool(known - _COMMON) or differences[0].related
-            if not telling and known <= _ARITHMETIC and not operations(spelling) <= _ARITHMETIC:
+            if not telling and known <= _ANYWHERE and not operations(spelling) <= _ANYWHERE:
                 continue  # sums and products are anywhere: of what makes it this pattern, nothing is there
             if score < (0.4 if telling and len(differences) == 1 else 0.6) or (
                 best is not None and score <= best.score

@@ -13,7 +13,7 @@ from liger_compile.match import Match
 from liger_compile.ops.linear_cross_entropy import BUDGET, SMALL_BYTES, is_hopper
 from liger_compile.registry import pattern
 from liger_compile.report import size
-from liger_compile.rules import down_to_losses
+from liger_compile.rules import leads_to_rows
 from liger_compile.terms import Term
 
 
@@ -27,8 +27,9 @@ def check(match: Match) -> str | dict:
         return (
             "the logits are scaled by a tensor: what they are computed from would be rounded for it, and they are too"
         )
-    if match.captures.get("row_weight") is not None and match.requires_grad("row_weight"):
-        return "the weights of rows need a gradient"
+    for name in ("row_weight", "z_weight"):
+        if match.captures.get(name) is not None and match.requires_grad(name):
+            return "the weights of rows need a gradient"
     return {"memory": match.options.loss}
 
 
@@ -44,7 +45,7 @@ def _is_rounded_twice(match: Match) -> bool:
 
 def is_large(returned: Term) -> bool:
     """Logits and the like are computed on demand, and not what is one number for each row: that is a loss again."""
-    return down_to_losses(returned) is None
+    return not leads_to_rows(returned)
 
 
 def effect(match: Match) -> str:
@@ -68,6 +69,8 @@ def examples(make, rows):
             "shape": (rows, 1),
             "row_weight": row_weight,
             "factor": 0.5,
+            "z_weight": row_weight.flip(0),
+            "z_factor": 0.1,
             "ignore_index": -100,
             "reduction": reduction,
             "class_weight": make.constant(67).abs(),
@@ -78,8 +81,12 @@ def examples(make, rows):
         }
 
 
+WHOLE = (ops.linear_cross_entropy, ops.linear_cross_entropy_sum, ops.linear_cross_entropy_z)
+"""What makes a number of all losses, so that it need not hold all logits."""
+
+
 def loss_pattern(replace=ops.linear_cross_entropy, **how):
-    spares = effect if replace in (ops.linear_cross_entropy, ops.linear_cross_entropy_sum) else None
+    spares = effect if replace in WHOLE else None
     how = {"check": check, "on_demand": is_large, "examples": examples, "effect": spares, **how}
     return pattern(replace, name="linear_cross_entropy", **how)
 
@@ -208,7 +215,26 @@ def softcapped_sum(
     return weighted_sum(logits, target, row_weight, factor, ignore_index, label_smoothing)
 
 
-@loss_pattern(ops.linear_cross_entropy_lse)  # z-loss, as in PaLM: the second result is squared and added
+def squares(logits, z_weight, z_factor):
+    return (torch.logsumexp(logits, -1).square() * z_weight).sum() * z_factor
+
+
+z_pattern = partial(loss_pattern, ops.linear_cross_entropy_z, priority=1)
+
+
+@z_pattern()  # z-loss, as in PaLM
+def plus_z(hidden, weight, bias, target, z_weight, z_factor, ignore_index, reduction):
+    logits = F.linear(hidden, weight, bias).float()
+    return loss(logits, target, ignore_index, reduction) + squares(logits, z_weight, z_factor)
+
+
+@z_pattern()
+def sum_plus_z(hidden, weight, bias, target, z_weight, z_factor, row_weight, factor, ignore_index):
+    logits = F.linear(hidden, weight, bias).float()
+    return weighted_sum(logits, target, row_weight, factor, ignore_index, 0.0) + squares(logits, z_weight, z_factor)
+
+
+@loss_pattern(ops.linear_cross_entropy_lse)  # z-loss whose parts are returned too, and what else has a log-sum-exp
 def with_lse(hidden, weight, bias, target, ignore_index, reduction):
     logits = F.linear(hidden, weight, bias).float()
     return loss(logits, target, ignore_index, reduction), torch.logsumexp(logits, -1)

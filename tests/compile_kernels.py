@@ -111,9 +111,10 @@ def fused_loss() -> None:
     y, given = torch.randint(1030, (300,)), torch.ones(1)
     for bias, softcap, need in ((b, 3.0, (True, True, True)), (None, 0.0, (True, False, False))):
         fused.fused_loss(h, w, bias, y, -100, 1.0, softcap, False)
-        _, *kept = fused.fused_loss(h, w, bias, y, -100, 1.0, softcap, True)
+        _, _, *kept = fused.fused_loss(h, w, bias, y, -100, 1.0, softcap, True)
         fused.fused_loss_backward(*kept, h, w, given, *need)
-        made = fused.fused_loss_and_gradients(h, w, bias, y, -100, 1.0, softcap, given, *need, 1)
+        squares = given if softcap else None
+        made = fused.fused_loss_and_gradients(h, w, bias, y, -100, 1.0, softcap, given, squares, *need, 1)
         fused.gradients(fused.Packed(*made), torch.ones(()), h, w, y, need)
     rows = import_module("liger_compile.kernels.loss_rows")
     rows.whole_dhidden(h, w, y, torch.ones(300), y, given, h)

@@ -221,6 +221,20 @@ def masked_by_op(hidden, weight, bias, target, row_weight):
     return total / row_weight.sum()
 
 
+def with_squares(hidden, weight, bias, target, z_weight, softcap=0.0):
+    z = F.linear(hidden, weight, bias)
+    z = z if z.dtype is torch.float64 else z.float()
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    return F.cross_entropy(z, target) + 0.3 * (z.logsumexp(-1).square() * z_weight).mean()
+
+
+def with_squares_by_op(hidden, weight, bias, target, z_weight, softcap=0.0):
+    n = len(target)
+    return module.linear_cross_entropy_z(
+        hidden, weight, bias, target, z_weight, 0.3 / n, reduction="mean", softcap=softcap
+    )
+
+
 def compare(theirs, ours, given, **how):
     """Each error of one function is at most 1.05 times that of another, as in `check`."""
     exact = run(functools.partial(theirs, **how), given, ONE, torch.float64)
@@ -241,6 +255,25 @@ def weights(kind, n):
 def test_weights_of_rows(kind, monkeypatch):
     monkeypatch.setitem(module.BUDGET, "balanced", 1)
     compare(masked, masked_by_op, operands(200, 72, 530, bias=True, ignored=0.1), row_weight=weights(kind, 200))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("kind", ["mask", "rewards"])
+def test_squares(kind, softcap, monkeypatch):
+    """Of rows that have a label and of others."""
+    monkeypatch.setitem(module.BUDGET, "balanced", 1)
+    given, z_weight = operands(200, 72, 530, bias=True), weights(kind, 200)
+    compare(with_squares, with_squares_by_op, given, z_weight=z_weight, softcap=softcap)
+
+
+def test_squares_alone():
+    """No label counts: the mean loss is NaN, as in eager, and the sum 0."""
+    hidden, weight, _, target = operands(140, 16, 40, ignored=1.0)
+    assert module.linear_cross_entropy_z(hidden, weight, None, target, reduction="mean").isnan()
+    exact = F.linear(hidden.double(), weight.double()).logsumexp(-1).square().sum()
+    assert relative_error(module.linear_cross_entropy_z(hidden, weight, None, target), exact) < 1e-2
+    with torch.no_grad():
+        assert relative_error(module.linear_cross_entropy_z(hidden, weight, None, target), exact) < 1e-2
 
 
 def test_rows_of_weight_zero_are_left_out(monkeypatch):
@@ -462,6 +495,18 @@ def test_weights_of_rows_at_size(logits, kind):
     (match,) = explain(masked)(*given, row_weight).matches
     assert match.replacement == "liger_compile.linear_cross_entropy_sum.default"
     compare(masked, torch.compile(masked, backend="liger"), given, row_weight=row_weight)
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["mask", "rewards"])
+@pytest.mark.parametrize("logits", ["random", "half ignored", "peaked"])
+def test_squares_at_size(logits, kind):
+    from liger_compile import explain
+
+    given, z_weight = realistic(logits, 4096, 2048, 50257), weights(kind, 4096)
+    (match,) = explain(with_squares)(*given, z_weight).matches
+    assert match.replacement == "liger_compile.linear_cross_entropy_z.default"
+    compare(with_squares, torch.compile(with_squares, backend="liger"), given, z_weight=z_weight)
 
 
 SCALES = ["by a number", "by class", "divided"]

@@ -188,6 +188,24 @@ def loss_z(h, w, b, y):
     return F.cross_entropy(logits, y, ignore_index=3) + 1e-2 * torch.logsumexp(logits, dim=-1).square().mean()
 
 
+def loss_z_in_sequences(h, w, b, y):  # OLMo
+    logits = F.linear(h.view(2, 3, 8), w).float()
+    z = torch.logsumexp(logits, -1).pow(2) * (y.view(2, 3) != 3)
+    return F.cross_entropy(logits.view(-1, 11), y, ignore_index=3, reduction="sum") / 4 + 0.1 * z.sum() / (y != 3).sum()
+
+
+def loss_z_of_rows(h, w, b, y):  # t5x
+    logits = F.linear(h, w, b).float()
+    lse = logits.logsumexp(-1)
+    return (lse - logits.gather(-1, y[:, None]).squeeze(-1) + 0.1 * lse**2).mean()
+
+
+def loss_z_of_tokens_that_count(h, w, b, y):
+    logits, mask = F.linear(h, w, b).float(), (y > 2).float()
+    losses = F.cross_entropy(logits, y, reduction="none") + 0.1 * logits.logsumexp(-1).square()
+    return (losses * mask).sum() / mask.sum()
+
+
 def loss_of_rows_of_two(h, w, b, y):
     logits = F.linear(h.view(2, 3, 8), w).float()
     return F.cross_entropy(logits.transpose(1, 2), y.view(2, 3), reduction="none")
@@ -376,6 +394,26 @@ def test_sums_of_losses(function):
     for _ in range(2):
         torch.testing.assert_close(*(gradients(f, h, w, b, y) for f in (compiled, function)))
     assert all(r.counts == {"linear_cross_entropy": 1} for r in reports)
+
+
+@pytest.mark.parametrize("function", [f for f in LOSSES if f.__name__.startswith("loss_z")], ids=lambda f: f.__name__)
+def test_z_losses(function):
+    h, w, b, y = torch.randn(6, 8), torch.randn(11, 8), torch.randn(11), torch.tensor([0, 10, 3, 5, 3, 7])
+    report = report_of(function, h, w, b, y)
+    assert [m.replacement for m in report.matches] == ["liger_compile.linear_cross_entropy_z.default"]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=rewritten())
+    torch.testing.assert_close(*(gradients(f, h, w, b, y) for f in (compiled, function)))
+
+
+def test_z_losses_whose_parts_are_returned_too():
+    def function(h, w, y):
+        logits = F.linear(h, w).float()
+        loss, z = F.cross_entropy(logits, y), 1e-4 * logits.logsumexp(-1).square().mean()
+        return loss + z, loss.detach(), z.detach()
+
+    report = report_of(function, torch.randn(6, 8), torch.randn(11, 8), torch.randint(11, (6,)))
+    assert [m.replacement for m in report.matches] == ["liger_compile.linear_cross_entropy_lse.default"]
 
 
 def test_sums_whose_weights_are_trained():

@@ -233,6 +233,10 @@ SAMPLES = {
         lambda: ((some(6, 8), some(9, 8), None, labels()), {"factor": -1.0}),
         lambda: ((some(6, 8), some(9, 8), None, labels(), fixed(6)), {"label_smoothing": 0.1, "memory": "lean"}),
     ],
+    "linear_cross_entropy_z": [
+        lambda: ((some(6, 8), some(9, 8), some(9), labels()), {"z_factor": 0.1, "reduction": "mean"}),
+        lambda: ((half(6, 8), half(9, 8), None, labels(), fixed(2, 3), 0.1, labels() > 3), {"divisor": 0.7}),
+    ],
     "linear_cross_entropy_lse": [
         lambda: ((some(6, 8), some(9, 8), some(9), labels()), {}),
         lambda: ((some(6, 8), fixed(9, 8), None, labels()), {"reduction": "none", "scale": 0.5}),
@@ -281,16 +285,31 @@ SAMPLES = {
         ),
     ],
     "fused_loss_and_gradients": [
-        lambda: ((*head(grad=False), torch.randint(16, (6,)), -100, 0.5, 3.0, torch.ones(1), True, True, True, 1), {}),
         lambda: (
-            (*head(grad=False), torch.randint(16, (6,)), -100, 1.0, 0.0, torch.rand(6), False, True, False, 1),
+            (*head(grad=False), torch.randint(16, (6,)), -100, 0.5, 3.0, torch.ones(1), None, True, True, True, 1),
             {},
         ),
         lambda: (
-            (*head(grad=False), torch.randint(16, (6,)), -100, 1.0, 0.0, torch.ones(1), True, False, False, 1),
+            (
+                *head(grad=False),
+                torch.randint(16, (6,)),
+                -100,
+                1.0,
+                0.0,
+                torch.rand(6),
+                torch.rand(6),
+                False,
+                True,
+                False,
+                1,
+            ),
             {},
         ),
-        lambda: ((*head(0, grad=False), labels(0), -100, 1.0, 0.0, torch.ones(1), True, True, True, 1), {}),
+        lambda: (
+            (*head(grad=False), torch.randint(16, (6,)), -100, 1.0, 0.0, torch.ones(1), None, True, False, False, 1),
+            {},
+        ),
+        lambda: ((*head(0, grad=False), labels(0), -100, 1.0, 0.0, torch.ones(1), None, True, True, True, 1), {}),
     ],
     "label_sums": [
         lambda: (

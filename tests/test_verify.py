@@ -168,6 +168,7 @@ COMPOSED = {
     *("rms_norm", "gated_rms_norm", "glu", "packed_glu", "rope", "rope_pair", "embedding"),
     *("complex_rope", "complex_rope_pair"),
     *("linear_cross_entropy", "linear_cross_entropy_lse", "linear_cross_entropy_rows", "linear_cross_entropy_sum"),
+    "linear_cross_entropy_z",
 }
 """Ops that have no kernel but those of others."""
 

@@ -3,12 +3,14 @@
 For row i, label y, logits z = h W^T (transformed), and a shift c close to the row's largest logit,
 
     E_ij = exp(z_ij - c_i) dz_ij, E_iy = 0;  s_i = sum_{j != y} exp(z_ij - c_i)            a product, `exponentials`
-    t_i = s_i + exp(z_iy - c_i);  loss_i = c_i - z_iy + log t_i;  g_i = -s_i / t_i dz_iy                   `_finish`
+    t_i = s_i + exp(z_iy - c_i);  l_i = c_i + log t_i;  loss_i = l_i - z_iy;  g_i = -s_i / t_i dz_iy       `_finish`
     dhidden_i = a_i (E W)_i / t_i + a_i g_i W_y;  dweight_y = (E^T (a h / t))_y + sum_{i of y} a_i g_i h_i
                                                                           two products, `gradients`; `_label_sums`
 
-with a_i the gradient of the row's loss and dz the derivative of the transform. Nothing of the size of the logits is
-read or written but E, once by the first product and once by each of the others: the softmax costs no pass of its own.
+with a_i the gradient of the row's loss and dz the derivative of the transform. Where l_i^2 has a gradient v_i too, b_i
+= 2 v_i l_i is added to the first a_i, and b_i dz_iy - s_i / t_i (a_i + b_i) dz_iy stands for a_i g_i. Nothing of the
+size of the logits is read or written but E, once by the first product and once by each of the others: the softmax costs
+no pass of its own.
 E is rounded as the gradient of the logits is in eager. The logits are not rounded, and neither are the labels' terms,
 which are most of the gradient of an untrained model. In a trained one they nearly cancel with E's share at frequent
 labels, so that rounding sums of that would show: `_add_product` adds it in float32 for the most frequent ones.
@@ -117,8 +119,10 @@ def _finish(
     shift_ptr,
     sums_ptr,
     given_ptr,
+    squares_ptr,
     e_ptr,
     loss_ptr,
+    lse_ptr,
     terms_ptr,
     first,
     n,
@@ -134,11 +138,12 @@ def _finish(
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
     STORE: tl.constexpr,
+    SQUARES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The loss of each row, to its place among all rows, and its `terms` [2, all rows]: a g and a / t.
+    """The loss of each row and l, to its place among all rows, and its `terms` [2, all rows]: a g and a / t.
 
     Reads the partial sums, 4 bytes for 256 elements of E. Rows whose exponentials have overflowed, because the largest
     logit is above the shift by more than 69, are computed again around their largest logit: slow, and rare.
@@ -184,13 +189,19 @@ def _finish(
     t = s + tl.exp2(chosen - shift)
     i = tl.load(order_ptr + q, mask=live, other=0)
     tl.store(loss_ptr + i, (shift - chosen) / LOG2E + tl.log(t), mask=live)
+    lse = shift / LOG2E + tl.log(t)
+    tl.store(lse_ptr + i, lse, mask=live)
     if STORE:
         slope = tl.full((ROWS,), 1.0, tl.float32)
         if CAPPED:
             tanh = chosen / (LOG2E * softcap)
             slope = 1.0 - tanh * tanh
-        scale = tl.load(given_ptr + i * given_step, mask=live, other=0.0) / t
-        tl.store(terms_ptr + q, -s * slope * scale, mask=live)
+        scale = tl.load(given_ptr + i * given_step, mask=live, other=0.0)
+        b = tl.zeros((ROWS,), tl.float32)
+        if SQUARES:
+            b = 2.0 * tl.load(squares_ptr + i, mask=live, other=0.0) * lse
+        scale = (scale + b) / t
+        tl.store(terms_ptr + q, (b - s * scale) * slope, mask=live)
         tl.store(terms_ptr + all_rows + q, scale, mask=live)
 
 
@@ -491,24 +502,27 @@ def finish(
     shift: Tensor,
     sums: Tensor,
     given: Tensor,
+    squares: Tensor | None,
     factor: float,
     softcap: float,
     first: int,
     e: Tensor | None,
     losses: Tensor,
+    lse: Tensor,
     terms: Tensor,
 ) -> None:
-    """See `_finish`. `given` is the gradient of each row's loss, or one of all."""
+    """See `_finish`. `given` is the gradient of each row's loss, or one of all, `squares` that of each l^2, if any."""
     classes, width = weight.shape
     blocks, n = sums.shape
     _finish[(triton.cdiv(rows.shape[0], FINISH_ROWS),)](
         *(rows, weight, weight if bias is None else bias, label, order, total, chosen, shift, sums, given),
-        *(sums if e is None else e, losses, terms),
+        *(given if squares is None else squares, sums if e is None else e, losses, lse, terms),
         *(first, n, order.shape[0], width, classes, blocks, weight.stride(0), 0 if e is None else e.stride(0)),
         *(int(given.numel() > 1), factor, softcap),
         BIASED=bias is not None,
         CAPPED=softcap > 0,
         STORE=e is not None,
+        SQUARES=squares is not None,
         ROWS=FINISH_ROWS,
         BLOCK=64,
         BK=64,

@@ -13,6 +13,7 @@ from .linear_cross_entropy import (
     linear_cross_entropy_lse,
     linear_cross_entropy_rows,
     linear_cross_entropy_sum,
+    linear_cross_entropy_z,
 )
 from .masked_attention import masked_attention
 from .rms_norm import rms_norm
@@ -28,6 +29,7 @@ __all__ = [
     "linear_cross_entropy_lse",
     "linear_cross_entropy_rows",
     "linear_cross_entropy_sum",
+    "linear_cross_entropy_z",
     "masked_attention",
     "packed_glu",
     "rms_norm",

@@ -16,6 +16,7 @@ There is no reference: on other devices `linear_cross_entropy` takes its other r
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -122,9 +123,23 @@ def _guess(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (some if bias is None else some + bias[::step]).amax(1).float()
 
 
-def _column_scales(hidden: Tensor, given: Tensor) -> Tensor:
-    """Powers of two by which no sum of a column's weighted magnitudes is above LARGEST."""
-    sums = torch.linalg.vector_norm(hidden, 1, dim=0, dtype=torch.float32) * given.abs().max()
+def _largest_given(loss: _Loss, given: Tensor, squares: Tensor | None) -> Tensor:
+    """What no logit's gradient is larger than: the gradients of rows' losses, and of the squares of their log-sum-exp,
+    whose size is at most that of the largest logit plus log(classes)."""
+    most = given.abs().max()
+    if squares is None:
+        return most
+    logit = torch.full_like(most, loss.softcap)
+    if not loss.softcap:
+        lengths = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).max() for x in (loss.hidden, loss.weight))
+        logit = math.prod(lengths) + (0 if loss.bias is None else loss.bias.abs().max().float())
+        logit = logit * abs(loss.factor)
+    return most + 2 * squares.abs().max() * (logit + math.log(loss.weight.shape[0]))
+
+
+def _column_scales(hidden: Tensor, most: Tensor) -> Tensor:
+    """Powers of two by which no sum of a column's magnitudes, weighted by at most so much, is above LARGEST."""
+    sums = torch.linalg.vector_norm(hidden, 1, dim=0, dtype=torch.float32) * most
     return torch.exp2(torch.floor(torch.log2(LARGEST / torch.where(sums > 0, sums, 1.0))))
 
 
@@ -153,18 +168,20 @@ class _Loss(NamedTuple):
         n: int,
         first: int,
         given: Tensor,
+        squares: Tensor | None,
         losses: Tensor,
+        lse: Tensor,
         terms: Tensor,
     ) -> None:
-        """E, losses and terms of the n rows from the place `first` on; `rows` is overwritten with them."""
+        """E, losses, log-sum-exp and terms of the n rows from the place `first` on; `rows` is overwritten with them."""
         hidden, weight, bias, (order, label, total, _), guess, factor, softcap = self
         chosen, shift = _rows().gather(
             hidden, weight, bias, label, order, total, guess, factor, softcap, first, n, rows
         )
         sums = _products().exponentials(rows, weight, bias, label, shift, total, first, n, factor, softcap, e)
         _rows().finish(
-            *(rows, weight, bias, label, order, total, chosen, shift, sums, given),
-            *(factor, softcap, first, e, losses, terms),
+            *(rows, weight, bias, label, order, total, chosen, shift, sums, given, squares),
+            *(factor, softcap, first, e, losses, lse, terms),
         )
 
 
@@ -194,6 +211,8 @@ class Kept(NamedTuple):
 
     losses: Tensor
     """float32 [N], 0 where the label is ignored."""
+    lse: Tensor
+    """float32 [N]: log(sum_j exp(z_ij)), 0 where the label is ignored."""
     e: Tensor
     """[N, classes rounded up to 8], by place; rows that do not count are not written."""
     terms: Tensor
@@ -217,6 +236,7 @@ def _loss_fake(
     n = hidden.shape[0] if keep else 0
     return Kept(
         losses=hidden.new_empty(hidden.shape[0], dtype=torch.float32),
+        lse=hidden.new_empty(hidden.shape[0], dtype=torch.float32),
         e=hidden.new_empty((n, -(-weight.shape[0] // 8) * 8)),
         terms=hidden.new_empty((2, n), dtype=torch.float32),
         order=target.new_empty(n),
@@ -228,15 +248,15 @@ def _loss_fake(
 def _loss(*args: Any) -> Kept:
     *operands, keep = args
     made = _loss_fake(*args)
-    made.losses.zero_()
-    made.terms.zero_()
+    for sums in (made.losses, made.lse, made.terms):
+        sums.zero_()
     loss = _loss_of(*operands)
     n = made.losses.shape[0]
     size = tiled(n) if keep else min(tiled(n), LOSS_ROWS)
     e = _exponentials_of(size, loss.weight) if keep else None
     rows, given = loss.hidden.new_empty((min(size, n), loss.hidden.shape[1])), made.losses.new_ones(1)
     for first in range(0, n, size):
-        loss.fill(rows[: n - first], e, size, first, given, made.losses, made.terms)
+        loss.fill(rows[: n - first], e, size, first, given, None, made.losses, made.lse, made.terms)
     order, label, total, _ = loss.rows
     if e is None:
         return made._replace(total=total)
@@ -309,7 +329,8 @@ class Packed(NamedTuple):
     """Gradients of a sum of losses, but for the labels' terms; those that nobody needs are empty."""
 
     losses: Tensor
-    """float32 [N], 0 where the label is ignored."""
+    lse: Tensor
+    """As in `Kept`."""
     dhidden: Tensor
     """[N, width], by place; rows that do not count have none, and are not written."""
     coefficient: Tensor
@@ -345,6 +366,7 @@ def _packed_fake(
     factor: float,
     softcap: float,
     given: Tensor,
+    squares: Tensor | None,
     need_dhidden: bool,
     need_dweight: bool,
     need_dbias: bool,
@@ -356,6 +378,7 @@ def _packed_fake(
     floats, integers = hidden.new_empty(n, dtype=torch.float32), target.new_empty(n, dtype=torch.int32)
     return Packed(
         losses=floats,
+        lse=torch.empty_like(floats),
         dhidden=hidden.new_empty((n_if_dhidden, width)),
         coefficient=floats.new_empty(n_if_dhidden),
         at=target.new_empty(n_if_dhidden),
@@ -373,10 +396,10 @@ def _packed_fake(
 
 
 def _packed(*args: Any) -> Packed:
-    *operands, given, need_dhidden, need_dweight, need_dbias, budget = args
+    *operands, given, squares, need_dhidden, need_dweight, need_dbias, budget = args
     given = given.contiguous()  # an expanded number, where the losses were summed
     made = _packed_fake(*args)
-    for sums in (made.losses, made.dbias, made.frequent):
+    for sums in (made.losses, made.lse, made.dbias, made.frequent):
         sums.zero_()
     loss = _loss_of(*operands)
     hidden, weight, (order, label, total, at) = loss.hidden, loss.weight, loss.rows
@@ -384,7 +407,7 @@ def _packed(*args: Any) -> Packed:
     if n == 0:
         made.first.fill_(-1)
         return made._replace(dweight=made.dweight.zero_(), columns=made.columns.fill_(1), total=total)
-    columns = _column_scales(hidden, given) if need_dweight else made.columns
+    columns = _column_scales(hidden, _largest_given(loss, given, squares)) if need_dweight else made.columns
     frequent, slot = loss.rows.frequent() if need_dweight else (None, made.slot)
     terms, one = made.losses.new_zeros((2, n)), given.new_ones(1)
     scale = terms[1]
@@ -400,7 +423,7 @@ def _packed(*args: Any) -> Packed:
             x = hidden.new_empty((parts, size, width))
         elif after.shape[0] == size:
             rows = after  # so that dhidden can be written while dweight is made of the rows
-        loss.fill(rows, e, size, first, given, made.losses, terms)
+        loss.fill(rows, e, size, first, given, squares, made.losses, made.lse, terms)
         if need_dweight:
             _rows().weighted(hidden, order, total, scale, columns, first, size, rows)
             _rows().add_columns(e, frequent, rows, total, first, made.frequent)
@@ -441,7 +464,8 @@ def _allocated(size: int, weight: Tensor) -> tuple[int, Tensor]:
 
 fused_loss_and_gradients = define(
     "fused_loss_and_gradients(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index,"
-    " float factor, float softcap, Tensor given, bool need_dhidden, bool need_dweight, bool need_dbias, int budget)"
+    " float factor, float softcap, Tensor given, Tensor? squares, bool need_dhidden, bool need_dweight,"
+    " bool need_dbias, int budget)"
     f" -> ({', '.join(['Tensor'] * len(Packed._fields))})",
     _packed,
     _packed_fake,

@@ -26,6 +26,12 @@ divisor=1.0, softcap=0.0, wide=False, label_smoothing=0.0, memory="balanced") ->
 the sum of w_i loss_i, with w the N elements of row_weight, which has no gradient, or 1. Rows of weight 0 are left out,
 as those are that are ignored.
 
+`linear_cross_entropy_z(hidden, weight, bias, target, z_weight=None, z_factor=1.0, row_weight=None, factor=1.0,
+ignore_index=-100, reduction="sum", scale=1.0, divisor=1.0, softcap=0.0, wide=False, memory="balanced") -> loss`: the
+loss, "mean" or "sum", or that of `linear_cross_entropy_sum` if there are row_weight or factor, plus z_factor times the
+sum of v_i lse_i^2 over all rows, those whose label is ignored too: a float32 scalar. v is z_weight as w is row_weight,
+and lse_i = log(sum_j exp(z_ij)).
+
 `linear_cross_entropy_lse(hidden, weight, bias, target, ignore_index=-100, reduction="mean", scale=1.0, divisor=1.0,
 softcap=0.0, wide=False, shape=None) -> (loss, lse)`: the loss, and float32 log(sum_j exp(z_ij)) of every row, [N] or in
 another shape of N elements, for losses that are computed from that too (z-loss). It holds all logits, as the code does
@@ -37,6 +43,7 @@ its own code is as fast: on Hopper if the loss is small (SMALL_BYTES), without k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -87,6 +94,8 @@ class _Operands(NamedTuple):
     target: Tensor
     given: Tensor | None
     """The gradient of each row's loss, if that is known beforehand and not one: float32 [N]."""
+    squares: Tensor | None = None
+    """That of the square of each row's log-sum-exp, which is added: float32 [N]."""
 
 
 _Saved = tuple[Tensor | None, ...]
@@ -102,14 +111,21 @@ class _Way:
     def backward(self, call: _Call, saved: _Saved, scale: Tensor) -> _Gradients:
         raise NotImplementedError
 
+    def lse(self, saved: _Saved) -> Tensor | None:
+        """The rows' log-sum-exp, of those ways that give it."""
+        return None
+
 
 class _Packed(_Way):
     """Fused, in chunks: gradients are made in the forward."""
 
     def forward(self, call: _Call, o: _Operands) -> tuple[Tensor, _Saved]:
         given = o.hidden.new_ones(1, dtype=torch.float32) if o.given is None else o.given
-        made = fused.fused_loss_and_gradients(*o[:4], *call.fused, given, *call.need, call.budget)
+        made = fused.fused_loss_and_gradients(*o[:4], *call.fused, given, o.squares, *call.need, call.budget)
         return made[0], (o.hidden, o.weight, o.target, *made)
+
+    def lse(self, saved: _Saved) -> Tensor | None:
+        return fused.Packed(*saved[3:]).lse
 
     def backward(self, call: _Call, saved: _Saved, scale: Tensor) -> _Gradients:
         hidden, weight, target, *made = saved
@@ -120,7 +136,7 @@ class _Kept(_Way):
     """Fused, where each row's loss has a gradient of its own: the exponentials of all rows are kept."""
 
     def forward(self, call: _Call, o: _Operands) -> tuple[Tensor, _Saved]:
-        losses, *kept = fused.fused_loss(*o[:4], *call.fused, True)
+        losses, _, *kept = fused.fused_loss(*o[:4], *call.fused, True)
         return losses, (o.hidden, o.weight, o.given, *kept)
 
     def backward(self, call: _Call, saved: _Saved, scale: Tensor) -> _Gradients:
@@ -131,6 +147,9 @@ class _Kept(_Way):
 
 class _Again(_Packed):
     """Fused, where each row's loss has a gradient of its own: the logits are computed again when it is known."""
+
+    def lse(self, saved: _Saved) -> Tensor | None:
+        return None
 
     def forward(self, call: _Call, o: _Operands) -> tuple[Tensor, _Saved]:
         losses, *_ = fused.fused_loss(*o[:4], *call.fused, False)
@@ -149,7 +168,7 @@ class _Chunks(_Way):
 
     def forward(self, call: _Call, o: _Operands) -> tuple[Tensor, _Saved]:
         made = chunked.linear_cross_entropy_forward(
-            *o, call.ignore_index, *call.how, *call.need, self.keep, call.budget
+            *o[:5], call.ignore_index, *call.how, *call.need, self.keep, call.budget
         )
         losses, _, _, kept, *gradients = made
         return losses, (kept, o.hidden, o.weight) if self.keep else (o.hidden, *gradients)
@@ -257,16 +276,17 @@ class _Loss(torch.autograd.Function):
         bias: Tensor | None,
         target: Tensor,
         given: Tensor | None,
+        squares: Tensor | None,
         count: Tensor | None,
         call: _Call,
         memory: str,
     ) -> Tensor:
         call = call._replace(need=tuple(bool(n) for n in ctx.needs_input_grad[:3]))
         ctx.call, ctx.way, ctx.each = call, _way(call, hidden, weight, count is None, memory), count is None
-        losses, saved = ctx.way.forward(call, _Operands(hidden, weight, bias, target, given))
+        o = _Operands(hidden, weight, bias, target, given, squares)
+        losses, saved = ctx.way.forward(call, o)
         ctx.save_for_backward(_trained(call, hidden, weight, bias), count, *saved)
-        losses = losses if given is None else losses * given
-        return losses if count is None else losses.sum() / count
+        return _reduced(losses, ctx.way.lse(saved), o, count)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
@@ -328,12 +348,21 @@ class _Final(torch.autograd.Function):
 # ---- the ops -------------------------------------------------------------------------------------------------------
 
 
-def _losses(call: _Call, o: _Operands) -> Tensor:
-    """The rows' losses, without gradients."""
+def _losses(call: _Call, o: _Operands) -> tuple[Tensor, Tensor | None]:
+    """The rows' losses, without gradients, and their log-sum-exp, where that costs nothing."""
     if _can_fuse(o.hidden, o.weight, call.how.smoothing):
-        return fused.fused_loss(*o[:4], *call.fused, False)[0]
+        made = fused.Kept(*fused.fused_loss(*o[:4], *call.fused, False))
+        return made.losses, made.lse
     no = (False, False, False)
-    return chunked.linear_cross_entropy_forward(*o[:4], None, call.ignore_index, *call.how, *no, "", call.budget)[0]
+    made = chunked.linear_cross_entropy_forward(*o[:4], None, call.ignore_index, *call.how, *no, "", call.budget)
+    return made[0], None
+
+
+def _reduced(losses: Tensor, lse: Tensor | None, o: _Operands, count: Tensor | None) -> Tensor:
+    """The losses, times what is given, and squares of log-sum-exp, if they are asked for; or the sum over `count`."""
+    losses = losses if o.given is None else losses * o.given
+    losses = losses if o.squares is None else losses + o.squares * lse.square()
+    return losses if count is None else losses.sum() / count
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -410,9 +439,7 @@ def _computed(call: _Call, o: _Operands, count: Tensor | None, memory: str) -> T
     """The losses, times what is given, or their sum over `count`."""
     if torch.is_grad_enabled():
         return _Loss.apply(*o, count, call, memory)
-    losses = _losses(call, o._replace(given=None))
-    losses = losses if o.given is None else losses * o.given
-    return losses if count is None else losses.sum() / count
+    return _reduced(*_losses(call, o), o, count)
 
 
 linear_cross_entropy = define_composite(
@@ -421,6 +448,18 @@ linear_cross_entropy = define_composite(
     " Tensor? class_weight=None, float label_smoothing=0.0, str memory='balanced') -> Tensor",
     _linear_cross_entropy,
 )
+
+
+def _of_rows(name: str, given: Tensor | None, target: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Weights of rows, [N]."""
+    if given is None:
+        return None
+    if given.numel() != target.numel() or given.requires_grad:
+        raise ValueError(
+            f"linear_cross_entropy: {name} has shape {tuple(given.shape)}, needs {target.shape[0]} elements, and no "
+            "gradient"
+        )
+    return given.reshape(-1).to(dtype)
 
 
 def _linear_cross_entropy_sum(
@@ -441,13 +480,8 @@ def _linear_cross_entropy_sum(
     how = scale, divisor, softcap, wide, None, label_smoothing, memory
     if row_weight is None:
         return _linear_cross_entropy(hidden, weight, bias, target, ignore_index, "sum", *how) * factor
-    if row_weight.numel() != target.numel() or row_weight.requires_grad:
-        raise ValueError(
-            f"linear_cross_entropy: row_weight has shape {tuple(row_weight.shape)}, needs {target.shape[0]} elements, "
-            "and no gradient"
-        )
     sums = torch.promote_types(torch.float32, hidden.dtype)
-    row_weight = row_weight.reshape(-1).to(sums)
+    row_weight = _of_rows("row_weight", row_weight, target, sums)
     if _is_left(hidden, weight, label_smoothing, memory):
         losses = _linear_cross_entropy(hidden, weight, bias, target, ignore_index, "none", *how)
         return (losses * row_weight).sum() * factor
@@ -492,6 +526,54 @@ linear_cross_entropy_rows = define_composite(
     " int ignore_index=-100, float scale=1.0, float divisor=1.0, float softcap=0.0, bool wide=False,"
     " float label_smoothing=0.0, bool negative=False, str memory='balanced') -> Tensor",
     _linear_cross_entropy_rows,
+)
+
+
+def _linear_cross_entropy_z(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    z_weight: Tensor | None = None,
+    z_factor: float = 1.0,
+    row_weight: Tensor | None = None,
+    factor: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "sum",
+    scale: float = 1.0,
+    divisor: float = 1.0,
+    softcap: float = 0.0,
+    wide: bool = False,
+    memory: str = "balanced",
+) -> Tensor:
+    _checked(hidden, weight, bias, target, memory, 0.0)
+    _one_of("reduction", reduction, REDUCTIONS[:2])
+    how = Transform(scale, divisor, softcap, wide)
+    sums = torch.promote_types(torch.float32, hidden.dtype)
+    row_weight, z_weight = (
+        _of_rows(n, w, target, sums) for n, w in (("row_weight", row_weight), ("z_weight", z_weight))
+    )
+    counted = _counted(target, ignore_index, weight.shape[0])
+    given = counted.to(sums) * factor if row_weight is None else torch.where(counted, row_weight * factor, 0)
+    if reduction == "mean":
+        count = counted.sum()
+        given = torch.where(count > 0, given / count, math.nan)
+    squares = torch.full_like(given, z_factor) if z_weight is None else z_weight * z_factor
+    if not _can_fuse(hidden, weight, 0.0) or _is_left(hidden, weight, 0.0, memory):
+        losses, lse = _linear_cross_entropy_lse(hidden, weight, bias, target, ignore_index, "none", *how[:4])
+        return (losses * given).sum() + (squares * lse.square()).sum()
+    # A row whose label is ignored has a square. Of its loss, which counts nothing, any label will do.
+    target = torch.where(counted & (given != 0), target, torch.where(squares != 0, 0, ignore_index))
+    call = _Call(ignore_index, how, (), BUDGET[memory])
+    one = torch.ones((), dtype=sums, device=hidden.device)
+    return _computed(call, _Operands(hidden, weight, *_dense(bias, target), given, squares), one, memory)
+
+
+linear_cross_entropy_z = define_composite(
+    "linear_cross_entropy_z(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? z_weight=None,"
+    " float z_factor=1.0, Tensor? row_weight=None, float factor=1.0, int ignore_index=-100, str reduction='sum',"
+    " float scale=1.0, float divisor=1.0, float softcap=0.0, bool wide=False, str memory='balanced') -> Tensor",
+    _linear_cross_entropy_z,
 )
 
 

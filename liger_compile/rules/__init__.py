@@ -9,6 +9,6 @@ from . import arithmetic, casts, indexing, layers, losses, views  # noqa: F401  
 from .arithmetic import mul
 from .base import RULES, Call, NotCanonical, negated, widens
 from .losses import is_arange
-from .sums import down_to_losses
+from .sums import leads_to_rows
 
-__all__ = ["RULES", "Call", "NotCanonical", "down_to_losses", "is_arange", "mul", "negated", "widens"]
+__all__ = ["RULES", "Call", "NotCanonical", "is_arange", "leads_to_rows", "mul", "negated", "widens"]

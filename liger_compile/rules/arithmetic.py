@@ -12,8 +12,8 @@ from ..terms import Term, same, size
 from .base import RULES, Call, NotCanonical, cast, elementwise, infer_dtype, is_tensor, neg, negated, negative_dim, rule
 from .losses import is_logsumexp, is_maximum, loss_of_picked, unshifted
 from .rows import is_rowwise, is_scale
-from .sums import sum_of_losses
-from .written_out import times_number, unit_of, written_out_gelu
+from .sums import scaled_sum, sum_beside_squares, sum_of_rows
+from .written_out import unit_of, written_out_gelu
 
 
 @rule("mul", "multiply")
@@ -36,8 +36,8 @@ def mul(c: Call, x: Any, other: Any) -> Term:
 
 
 def _product(c: Call, x: Term, y: Any) -> Term:
-    if x.op == "sum_of_losses" and not is_tensor(y) and (factor := times_number(x.args[2], y)) is not None:
-        return c("sum_of_losses", *x.args[:2], factor)
+    if (total := scaled_sum(c, x, y)) is not None:
+        return total
     if (unit := unit_of(c, x, y)) is not None:
         return unit
     product = elementwise(c, "mul", x, y)
@@ -88,6 +88,8 @@ def add(c: Call, x: Any, other: Any, *, alpha: Any = 1) -> Term:
                 return sub(c, a, b.args[0])  # x + (-y) -> x - y
             if a.op == "linear" and a.args[2] is None and b.op == "leaf" and b.shape is not None and len(b.shape) == 1:
                 return c("linear", *a.args[:2], b)  # linear(x, w) + b -> linear(x, w, b)
+        if (total := sum_beside_squares(c, x, y)) is not None:
+            return total
     return elementwise(c, "add", x, y)
 
 
@@ -186,7 +188,7 @@ def _gelu(c: Call, x: Term, approximate: str = "none") -> Term:
 
 def _reduce(c: Call, op: str, x: Term, dim: Any, keepdim: Any, dtype: Any) -> Term:
     if dim is None:
-        if op in ("sum", "mean") and not keepdim and (total := sum_of_losses(c, x, mean=op == "mean")) is not None:
+        if op in ("sum", "mean") and not keepdim and (total := sum_of_rows(c, x, mean=op == "mean")) is not None:
             return total
         raise NotCanonical("reduces every dimension")
     dims = tuple(sorted(negative_dim(x, d) for d in (dim if isinstance(dim, (tuple, list)) else (dim,))))
@@ -207,7 +209,7 @@ def sum_(c: Call, x: Term, dim: Any = None, keepdim: Any = False, *, dtype: Any 
 
 @rule("dot", "vdot")
 def _dot(c: Call, x: Term, y: Term) -> Term:
-    total = sum_of_losses(c, c.step("mul", x, y, like=x), mean=False)
+    total = sum_of_rows(c, c.step("mul", x, y, like=x), mean=False)
     if total is None:
         raise NotCanonical("is not taken of the losses of rows")
     return total  # dot(x, y) -> sum(x * y)
