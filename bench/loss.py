@@ -1,8 +1,9 @@
 """Linear + cross-entropy, forward and backward: time, memory and error of each way to compute it.
 
-    python -m bench.loss [speed] [tokens] [ignored] [accuracy] [--out FOLDER]
+    python -m bench.loss [speed] [sums] [tokens] [ignored] [accuracy] [--out FOLDER]
 
-speed: what each way takes; the floor is the three matrix products alone. tokens: the same for log-probabilities of the
+speed: what each way takes; the floor is the three matrix products alone. sums: the same for losses under a mask that
+hides half of the tokens, and for one with a z-loss. tokens: the same for log-probabilities of the
 labels, each with a gradient of its own, and without gradients. ignored: time against the share of labels that are
 ignored. accuracy: errors of loss and gradients against float64, next to eager's, over five seeds.
 """
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import liger_compile
 
 from . import common
 
@@ -64,12 +67,8 @@ def ways() -> dict[str, Callable[..., Tensor]]:
         made["F.linear_cross_entropy"] = functools.partial(
             F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions()
         )
-    try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        made["Liger-Kernel"] = lambda h, w, y: LigerFusedLinearCrossEntropyLoss()(w, h, y)
-    except ImportError:
-        pass
+    if (liger := _liger()) is not None:
+        made["Liger-Kernel"] = lambda h, w, y: liger(w, h, y)
     try:
         from cut_cross_entropy import linear_cross_entropy
 
@@ -79,8 +78,16 @@ def ways() -> dict[str, Callable[..., Tensor]]:
     return made | {f"liger_compile, {policy}": ours(policy) for policy in POLICIES}
 
 
-def gradients(function: Callable[..., Tensor], h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    loss = function(h, w, y)
+def _liger(**how: Any) -> Callable[..., Tensor] | None:
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError:
+        return None
+    return LigerFusedLinearCrossEntropyLoss(**how)
+
+
+def gradients(function: Callable[..., Tensor], h: Tensor, w: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    loss = function(h, w, *rest)
     return loss.detach(), *torch.autograd.grad(loss, (h, w))
 
 
@@ -122,6 +129,40 @@ def speed(repeats: int) -> list[dict[str, Any]]:
         title = f"{' x '.join(map(str, shape))}; the gradients alone take {least:.0f} MiB"
         results.append({"title": title, "rows": rows})
         print(f"\n{title}\n\n{common.table(rows)}", flush=True)
+    return results
+
+
+def masked(h: Tensor, w: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    return (F.cross_entropy(F.linear(h, w).float(), y, reduction="none") * mask).sum() / mask.sum()
+
+
+def with_z_loss(h: Tensor, w: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    logits = F.linear(h, w).float()
+    return F.cross_entropy(logits, y) + 1e-4 * logits.logsumexp(-1).square().mean()
+
+
+def sums(repeats: int) -> list[dict[str, Any]]:
+    results = []
+    for shape in SHAPES[:2]:
+        h, w, y = operands(*shape)
+        mask = (torch.rand(y.shape, device="cuda") < 0.5).float()
+        for function in (masked, with_z_loss):
+            torch._dynamo.reset()
+            rewrites = [m.replacement for m in liger_compile.explain(function)(h, w, y, mask).matches]
+            made: dict[str, Callable[..., Tensor]] = {"eager": function, "Inductor": torch.compile(function)}
+            if function is with_z_loss and (liger := _liger(lse_square_scale=1e-4)) is not None:
+                made["Liger-Kernel"] = lambda h, w, y, mask, liger=liger: liger(w, h, y)
+            for policy in POLICIES:
+                options = {"liger.loss": policy}
+                made[f"liger_compile, {policy}"] = torch.compile(function, backend="liger", options=options)
+            able = {n: f for n, g in made.items() if fits(f := functools.partial(gradients, g, h, w, y, mask))}
+            base = torch.cuda.memory_allocated()
+            peaks = {name: round(common.peak_gib(function, base) * 1024) for name, function in able.items()}
+            times = common.interleaved(able, repeats, ahead=2)
+            rows = [{"way": n, "ms": times.get(n), "peak MiB": peaks.get(n)} for n in made]
+            title = f"{' x '.join(map(str, shape))}: {function.__name__}"
+            results.append({"title": title, "replaced by": rewrites, "rows": rows})
+            print(f"\n{title} {rewrites}\n\n{common.table(rows)}", flush=True)
     return results
 
 
@@ -269,7 +310,7 @@ def accuracy(_: int) -> list[dict[str, Any]]:
     return results
 
 
-PARTS = {"speed": speed, "tokens": tokens, "ignored": ignored, "accuracy": accuracy}
+PARTS = {"speed": speed, "sums": sums, "tokens": tokens, "ignored": ignored, "accuracy": accuracy}
 
 
 def main() -> None:
