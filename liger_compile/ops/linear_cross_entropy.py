@@ -559,7 +559,11 @@ def _linear_cross_entropy_z(
         count = counted.sum()
         given = torch.where(count > 0, given / count, math.nan)
     squares = torch.full_like(given, z_factor) if z_weight is None else z_weight * z_factor
-    if not _can_fuse(hidden, weight, 0.0) or _is_left(hidden, weight, 0.0, memory):
+    if _is_left(hidden, weight, 0.0, memory):
+        z = _written_out(hidden, weight, bias, how)
+        losses = F.cross_entropy(z, target, ignore_index=ignore_index, reduction="none")
+        return (losses * given).sum() + (squares * z.logsumexp(1).square()).sum()
+    if not _can_fuse(hidden, weight, 0.0):
         losses, lse = _linear_cross_entropy_lse(hidden, weight, bias, target, ignore_index, "none", *how[:4])
         return (losses * given).sum() + (squares * lse.square()).sum()
     # A row whose label is ignored has a square. Of its loss, which counts nothing, any label will do.
