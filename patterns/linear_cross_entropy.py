@@ -23,10 +23,11 @@ def check(match: Match) -> str | dict:
     softcap = match.captures.get("softcap", 1)
     if isinstance(softcap, (int, float)) and softcap <= 0:
         return f"the softcap {softcap} is not positive"
-    if "scaled" in (match.captures["hidden"].op, match.captures["weight"].op) and _is_rounded_twice(match):
-        return (
-            "the logits are scaled by a tensor: what they are computed from would be rounded for it, and they are too"
-        )
+    hidden, weight = match.captures["hidden"], match.captures["weight"]
+    if hidden.op == "scaled" and hidden.dtype is not torch.float32:
+        return "the logits are scaled by a tensor: hidden states and their gradient would be rounded for it once more"
+    if weight.op == "scaled" and _is_rounded_twice(match):
+        return "the logits have a scale for each class: the weight would be rounded for it, and the logits are too"
     for name in ("row_weight", "z_weight"):
         if match.captures.get(name) is not None and match.requires_grad(name):
             return "the weights of rows need a gradient"
