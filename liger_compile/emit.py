@@ -134,14 +134,20 @@ def _scaled(e: Emitter, x: Term, scale: Term) -> fx.Node:
     return e.node("call_method", "to", (scaled, x.dtype))
 
 
+def _reciprocal(e: Emitter, x: Any) -> Any:
+    x = e.operand(x)
+    return 1 / x if isinstance(x, (int, float)) and x else e.node("call_function", operator.truediv, (1, x))
+
+
 _IMPLICIT: dict[str, Callable[..., fx.Node]] = {
     "cast": lambda e, x, dtype: e.node("call_method", "to", (e.operand(x), dtype)),
     "reshape": lambda e, x, shape: e.node("call_method", "reshape", (e.operand(x), *_sizes(e, shape))),
     "permute": lambda e, x, order: e.node("call_method", "permute", (e.operand(x), *_full(x, order))),
     "expand": lambda e, x, shape: e.node("call_method", "expand", (e.operand(x), *_sizes(e, shape))),
     "mul": lambda e, x, y: e.node("call_function", operator.mul, (e.operand(x), e.operand(y))),
-    "reciprocal": lambda e, x: e.node("call_function", torch.reciprocal, (e.operand(x),)),
+    "reciprocal": _reciprocal,
     "not": lambda e, x: e.node("call_function", torch.logical_not, (e.operand(x),)),
+    "select": lambda e, x, dim, index: e.node("call_method", "select", (e.operand(x), dim, index)),
     "slice": _slice,
     "from_end": _from_end,
     "scaled": _scaled,

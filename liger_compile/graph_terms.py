@@ -64,6 +64,8 @@ def call_name(target: Any) -> str | None:
     """The canonical name of a torch call, whichever way it is spelled; None for calls that are not torch's."""
     if isinstance(target, str):
         return target.strip("_") if target.startswith("__") else target
+    if target is getattr:
+        return "getattr"
     if isinstance(target, torch._ops.OpOverload):
         target = target.overloadpacket
     if isinstance(target, torch._ops.OpOverloadPacket):

@@ -13,6 +13,8 @@ from liger_compile.pattern import subterms
 from liger_compile.registry import pattern
 from liger_compile.terms import same
 
+Choice = Literal[False, True]
+
 
 def normalize(h, eps):
     return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
@@ -55,9 +57,15 @@ def gate_last(x, gate, weight, eps, *, activation: Literal["silu", "sigmoid"]):
     return (weight * normalize(x.float(), eps).to(x.dtype) * activate(gate, activation)).to(x.dtype)
 
 
+def normed(h, weight, eps, functional):
+    if functional:  # torch's own
+        return F.rms_norm(h, (h.shape[-1],), weight.float(), eps)
+    return weight.float() * normalize(h, eps)
+
+
 @gated_norm(rounding="result")  # Kimi Linear
-def gate_last_of_result(x, gate, weight, eps, *, activation: Literal["silu", "sigmoid"]):
-    return (weight.float() * normalize(x.float(), eps) * activate(gate, activation)).to(x.dtype)
+def gate_last_of_result(x, gate, weight, eps, *, activation: Literal["silu", "sigmoid"], functional: Choice):
+    return (normed(x.float(), weight, eps, functional) * activate(gate, activation)).to(x.dtype)
 
 
 @gated_norm(rounding="normed", gate_first=True)  # Mamba-2, Bamba
@@ -66,8 +74,8 @@ def gate_first(x, gate, weight, eps):
 
 
 @gated_norm(rounding="result", gate_first=True)  # mamba_ssm's reference
-def gate_first_of_result(x, gate, weight, eps):
-    return (weight.float() * normalize(x.float() * F.silu(gate.float()), eps)).to(x.dtype)
+def gate_first_of_result(x, gate, weight, eps, *, functional: Choice):
+    return normed(x.float() * F.silu(gate.float()), weight, eps, functional).to(x.dtype)
 
 
 @gated_norm(rounding="normed", gate_first=True)  # Nemotron-H, Zamba-2

@@ -28,6 +28,8 @@ def check(match: Match) -> str | dict:
         return "the logits are scaled by a tensor: hidden states and their gradient would be rounded for it once more"
     if weight.op == "scaled" and _is_rounded_twice(match):
         return "the logits have a scale for each class: the weight would be rounded for it, and the logits are too"
+    if "z_factor" in match.captures and match.captures.get("reduction") == "none":
+        return "each row has a loss of its own, to which a number is added"
     for name in ("row_weight", "z_weight"):
         if match.captures.get(name) is not None and match.requires_grad(name):
             return "the weights of rows need a gradient"
@@ -220,19 +222,60 @@ def squares(logits, z_weight, z_factor):
     return (torch.logsumexp(logits, -1).square() * z_weight).sum() * z_factor
 
 
-z_pattern = partial(loss_pattern, ops.linear_cross_entropy_z, priority=1)
+def plus_squares(logits, target, ignore_index, reduction, z_weight, z_factor):
+    return loss(logits, target, ignore_index, reduction) + squares(logits.float(), z_weight, z_factor)
+
+
+def sum_plus_squares(logits, target, ignore_index, row_weight, factor, z_weight, z_factor):
+    return weighted_sum(logits, target, row_weight, factor, ignore_index, 0.0) + squares(
+        logits.float(), z_weight, z_factor
+    )
+
+
+def reduced_examples(make, rows):
+    return (example for example in examples(make, rows) if example["reduction"] != "none")
+
+
+z_pattern = partial(loss_pattern, ops.linear_cross_entropy_z, priority=1, examples=reduced_examples)
 
 
 @z_pattern()  # z-loss, as in PaLM
-def plus_z(hidden, weight, bias, target, z_weight, z_factor, ignore_index, reduction):
-    logits = F.linear(hidden, weight, bias).float()
-    return loss(logits, target, ignore_index, reduction) + squares(logits, z_weight, z_factor)
+def plain_z(hidden, weight, bias, target, ignore_index, reduction, z_weight, z_factor):
+    return plus_squares(F.linear(hidden, weight, bias), target, ignore_index, reduction, z_weight, z_factor)
 
 
 @z_pattern()
-def sum_plus_z(hidden, weight, bias, target, z_weight, z_factor, row_weight, factor, ignore_index):
-    logits = F.linear(hidden, weight, bias).float()
-    return weighted_sum(logits, target, row_weight, factor, ignore_index, 0.0) + squares(logits, z_weight, z_factor)
+def scaled_z(hidden, weight, bias, target, ignore_index, reduction, z_weight, z_factor, scale, *, wide: Wide):
+    logits = head(hidden, weight, bias, wide) * scale
+    return plus_squares(logits, target, ignore_index, reduction, z_weight, z_factor)
+
+
+@z_pattern()
+def softcapped_z(hidden, weight, bias, target, ignore_index, reduction, z_weight, z_factor, softcap, *, wide: Wide):
+    logits = cap(head(hidden, weight, bias, wide), softcap)
+    return plus_squares(logits, target, ignore_index, reduction, z_weight, z_factor)
+
+
+@z_pattern()
+def plain_sum_z(hidden, weight, bias, target, ignore_index, row_weight, factor, z_weight, z_factor):
+    logits = F.linear(hidden, weight, bias)
+    return sum_plus_squares(logits, target, ignore_index, row_weight, factor, z_weight, z_factor)
+
+
+@z_pattern()
+def scaled_sum_z(
+    hidden, weight, bias, target, ignore_index, row_weight, factor, z_weight, z_factor, scale, *, wide: Wide
+):
+    logits = head(hidden, weight, bias, wide) * scale
+    return sum_plus_squares(logits, target, ignore_index, row_weight, factor, z_weight, z_factor)
+
+
+@z_pattern()
+def softcapped_sum_z(
+    hidden, weight, bias, target, ignore_index, row_weight, factor, z_weight, z_factor, softcap, *, wide: Wide
+):
+    logits = cap(head(hidden, weight, bias, wide), softcap)
+    return sum_plus_squares(logits, target, ignore_index, row_weight, factor, z_weight, z_factor)
 
 
 @loss_pattern(ops.linear_cross_entropy_lse)  # z-loss whose parts are returned too, and what else has a log-sum-exp

@@ -127,7 +127,7 @@ def unit(x, eps, scale, guard):
     return h / (length.clamp(min=eps) if guard == "floor" else length + eps) * scale
 
 
-def to_length(x, eps, scale, *, rounding, guard, weight=None, offset=0.0):
+def to_length(x, eps, scale, *, rounding, guard, weight: torch.Tensor | None = None, offset=0.0):
     return ops.rms_norm(x, weight, eps / scale, offset, rounding, guard, float(scale) ** 2)
 
 

@@ -52,6 +52,13 @@ def rotate_complex(x, freqs, promote):
     return y if promote else y.to(x.dtype)
 
 
+def rotate_complex_halves(x, freqs, promote):
+    z = torch.view_as_complex(torch.stack(split(x.float(), "halves"), dim=-1))
+    y = torch.view_as_real(z * freqs)
+    y = y if promote else y.to(x.dtype)
+    return torch.cat(y.chunk(2, dim=-1), dim=-2).flatten(-2)
+
+
 def check(match: Match) -> str | None:
     rotated, angles = {"x", "q", "k"} & match.captures.keys(), {"cos", "sin", "freqs"} & match.captures.keys()
     for name in sorted(angles):
@@ -156,3 +163,16 @@ def complex_rope_pair(q, k, freqs, *, promote: Choice):
 @rope_pattern(replace=ops.complex_rope, check=check_pairs, examples=complex_examples)
 def complex_rope(x, freqs, *, promote: Choice):
     return rotate_complex(x, freqs, promote)
+
+
+complex_halves = partial(rope_pattern, check=check_pairs, examples=complex_examples)
+
+
+@complex_halves(replace=partial(ops.complex_rope_pair, layout="halves"))  # Gemma's own code
+def complex_rope_pair_of_halves(q, k, freqs, *, promote: Choice):
+    return rotate_complex_halves(q, freqs, promote), rotate_complex_halves(k, freqs, promote)
+
+
+@complex_halves(replace=partial(ops.complex_rope, layout="halves"))
+def complex_rope_of_halves(x, freqs, *, promote: Choice):
+    return rotate_complex_halves(x, freqs, promote)

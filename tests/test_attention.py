@@ -747,13 +747,17 @@ def in_order_of_tokens(x, n):  # reference Llama's: tokens come before heads
     return tokens[:, :, :, None, :].expand(b, s, h, n, d).reshape(b, s, h * n, d).transpose(1, 2)
 
 
+def by_repeat_of_a_new_dimension(x, n):
+    return x[:, :, None].repeat(1, 1, n, 1, 1).flatten(1, 2)
+
+
 def by_repeat_interleave_of_tokens(x, n):
     return x.transpose(1, 2).repeat_interleave(n, dim=2).transpose(1, 2)
 
 
 REPEATS = [
     *(by_expand, by_expand_and_flatten, by_repeat_interleave, by_function),
-    *(in_order_of_tokens, by_repeat_interleave_of_tokens),
+    *(in_order_of_tokens, by_repeat_interleave_of_tokens, by_repeat_of_a_new_dimension),
 ]
 
 

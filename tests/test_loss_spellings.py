@@ -208,6 +208,69 @@ def loss_z_of_tokens_that_count(h, w, b, y):
     return (losses * mask).sum() / mask.sum()
 
 
+def loss_z_and_scaled(h, w, b, y):
+    logits = F.linear(h, w, b) / 4
+    return F.cross_entropy(logits.float(), y) + 0.1 * logits.float().logsumexp(-1).square().mean()
+
+
+def loss_z_and_capped(h, w, b, y):
+    logits = 3 * torch.tanh(F.linear(h, w).float() / 3)
+    return F.cross_entropy(logits, y, reduction="sum") + 0.1 * logits.logsumexp(-1).square().sum()
+
+
+def loss_z_of_some_classes(h, w, b, y):
+    logits = F.linear(h, w, b).float()[:, :9]
+    return F.cross_entropy(logits, y.clamp(max=8)) + 0.1 * logits.logsumexp(-1).square().mean()
+
+
+def loss_z_and_log_probabilities(h, w, b, y):
+    logits = F.linear(h, w, b).float()
+    return 0.1 * logits.logsumexp(-1).square().mean() - logits.log_softmax(-1).gather(-1, y[:, None]).mean()
+
+
+def loss_with_the_maximum_added(h, w, b, y):
+    logits = F.linear(h, w).float()
+    most = logits.max(-1, keepdim=True).values
+    lse = (logits - most).exp().sum(-1).log() + most.squeeze(-1)
+    return (lse - logits.gather(-1, y[:, None]).squeeze(-1)).mean()
+
+
+def loss_capped_by_a_factor(h, w, b, y):
+    return F.cross_entropy(20.0 * torch.tanh(F.linear(h, w).float() * 0.05), y)
+
+
+def loss_divided_and_capped(h, w, b, y):
+    return F.cross_entropy(torch.tanh(F.linear(h, w).float() / 3 / 5.0) * 5.0, y)
+
+
+def loss_of_a_transposed_product(h, w, b, y):
+    return F.cross_entropy((h.view(2, 3, 8) @ w.T).mT, y.view(2, 3))
+
+
+def loss_in_chunks(h, w, b, y):  # litgpt
+    parts = zip(F.linear(h, w).split(4, dim=0), y.split(4, dim=0), strict=True)
+    losses = [F.cross_entropy(z, t, ignore_index=-1, reduction="none") for z, t in parts]
+    return torch.cat(losses).float().sum() / torch.maximum(torch.tensor(1), (y != -1).sum())
+
+
+def loss_of_scaled_chunks(h, w, b, y):
+    logits = F.linear(h, w, b).float() * 0.5
+    return torch.cat(
+        [F.cross_entropy(z, t, reduction="none") for z, t in zip(logits.chunk(3), y.chunk(3), strict=True)]
+    )
+
+
+def loss_of_rows_in_a_loop(h, w, b, y):  # TRL
+    logits, y = F.linear(h.view(2, 3, 8), w).float(), y.view(2, 3)
+    picked = logits.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    return picked - torch.stack([torch.logsumexp(z, dim=-1) for z in logits])
+
+
+def loss_of_log_probabilities_in_a_loop(h, w, b, y):  # TRL, in bfloat16
+    rows = zip(F.linear(h.view(2, 3, 8), w), y.view(2, 3), strict=True)
+    return torch.stack([F.log_softmax(z, dim=-1).gather(-1, t.unsqueeze(-1)).squeeze(-1) for z, t in rows])
+
+
 def loss_of_rows_of_two(h, w, b, y):
     logits = F.linear(h.view(2, 3, 8), w).float()
     return F.cross_entropy(logits.transpose(1, 2), y.view(2, 3), reduction="none")
@@ -406,6 +469,51 @@ def test_z_losses(function):
     torch._dynamo.reset()
     compiled = torch.compile(function, backend=rewritten())
     torch.testing.assert_close(*(gradients(f, h, w, b, y) for f in (compiled, function)))
+
+
+PARTS = {
+    "all but the first": lambda z, y: [(z[1:3], y[1:3]), (z[3:], y[3:])],
+    "in another order": lambda z, y: [(z[3:], y[3:]), (z[:3], y[:3])],
+    "with a gap": lambda z, y: [(z[:2], y[:2]), (z[3:], y[3:])],
+    "labels in another order": lambda z, y: [(z[:3], y[3:]), (z[3:], y[:3])],
+    "twice": lambda z, y: [(z[:3], y[:3]), (z[:3], y[:3])],
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_the_rows(name):
+    """Whatever is put together of them: what is rewritten gives eager's losses and gradients."""
+
+    def function(h, w, y):
+        parts = PARTS[name](F.linear(h, w).float(), y)
+        losses = torch.cat([F.cross_entropy(z, t, reduction="none") for z, t in parts])
+        return (losses * torch.arange(1, len(losses) + 1)).sum()
+
+    h, w, y = torch.randn(6, 8), torch.randn(11, 8), torch.tensor([0, 10, 3, 5, 3, 7])
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=rewritten(reports := []))
+    torch.testing.assert_close(*(gradients(f, h, w, y) for f in (compiled, function)))
+    assert reports[0].counts == ({"linear_cross_entropy": 1} if name == "all but the first" else {}), reports
+
+
+def test_rows_with_losses_of_their_own_and_a_number():
+    """The number is no square of each row."""
+
+    def function(h, w, y):
+        logits = F.linear(h, w).float()
+        return F.cross_entropy(logits, y, reduction="none") + 0.1 * logits.logsumexp(-1).square().mean()
+
+    report = report_of(function, torch.randn(6, 8), torch.randn(11, 8), torch.randint(11, (6,)))
+    assert [m.replacement for m in report.matches] == ["liger_compile.linear_cross_entropy_lse.default"]
+
+
+@pytest.mark.parametrize("scale", [torch.ones(6, 1), torch.ones(6, 11)], ids=["of rows", "of elements"])
+def test_logits_with_a_scale_of_another_kind(scale):
+    def function(h, w, y):
+        return F.cross_entropy(F.linear(h, w) * scale, y)
+
+    report = report_of(function, torch.randn(6, 8), torch.randn(11, 8), torch.randint(11, (6,)))
+    assert not report.counts and not any("Error" in m.reason for m in report.misses), report
 
 
 def test_z_losses_whose_parts_are_returned_too():

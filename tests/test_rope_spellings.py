@@ -302,6 +302,44 @@ def rope_complex_tokens_before_heads(q, k, cos, sin):
     return tuple(torch.view_as_real(freqs * as_complex(x)).reshape(x.shape).to(x.dtype) for x in (q, k))
 
 
+def rope_complex_of_halves(q, k, cos, sin):  # Gemma's own code
+    freqs = torch.complex(cos[0, :, :4].float(), sin[0, :, :4].float())
+
+    def rotate(x):
+        z = torch.view_as_complex(torch.stack(torch.chunk(x.float(), 2, dim=-1), dim=-1))
+        y = torch.cat(torch.chunk(torch.view_as_real(z * freqs).type_as(x), 2, dim=-1), dim=-2)
+        return y.reshape(*y.shape[:-2], -1)
+
+    return rotate(q), rotate(k)
+
+
+def rope_complex_of_two_parts(q, k, cos, sin):
+    freqs = torch.complex(cos[..., :4].float(), sin[..., :4].float()).unsqueeze(1)
+    pairs = (torch.complex(x[..., ::2].float(), x[..., 1::2].float()) for x in (q, k))
+    return tuple(torch.view_as_real(z * freqs).flatten(-2).to(q.dtype) for z in pairs)
+
+
+def rope_by_pairs_stacked(q, k, cos, sin):
+    c, s = cos[:, None, :, :4], sin[:, None, :, :4]
+
+    def rotate(x):
+        x1, x2 = x.chunk(2, -1)
+        return torch.stack((x1 * c - x2 * s, x2 * c + x1 * s), dim=-2).flatten(-2)
+
+    return rotate(q), rotate(k)
+
+
+def rope_of_viewed_halves(q, k, cos, sin):  # Qwen's and OLMo's own code, of heads that are views themselves
+    q, k = (x.transpose(1, 2).flatten(2) for x in (q, k))  # what a linear layer gives, seen as heads
+    q, k, cos, sin = q.view(2, 5, 4, 8), k.view(2, 5, 2, 8), cos.unsqueeze(2), sin.unsqueeze(2)
+
+    def rotate_half(x):
+        x1, x2 = x.view(*x.shape[:-1], 2, -1).unbind(-2)
+        return torch.cat((-x2, x1), dim=-1)
+
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
 def rope_complex_inverse(q, k, cos, sin):
     freqs = torch.complex(cos[..., :4].float(), sin[..., :4].float()).unsqueeze(1).conj()
     return tuple(torch.view_as_real(as_complex(x) * freqs).flatten(-2).type_as(x) for x in (q, k))

@@ -555,22 +555,23 @@ def _linear_cross_entropy_z(
     )
     counted = _counted(target, ignore_index, weight.shape[0])
     given = counted.to(sums) * factor if row_weight is None else torch.where(counted, row_weight * factor, 0)
+    none: float | Tensor = 0.0
     if reduction == "mean":
         count = counted.sum()
-        given = torch.where(count > 0, given / count, math.nan)
+        given, none = torch.where(count > 0, given / count, 0), torch.where(count > 0, 0.0, math.nan)
     squares = torch.full_like(given, z_factor) if z_weight is None else z_weight * z_factor
     if _is_left(hidden, weight, 0.0, memory):
         z = _written_out(hidden, weight, bias, how)
         losses = F.cross_entropy(z, target, ignore_index=ignore_index, reduction="none")
-        return (losses * given).sum() + (squares * z.logsumexp(1).square()).sum()
+        return (losses * given).sum() + (squares * z.logsumexp(1).square()).sum() + none
     if not _can_fuse(hidden, weight, 0.0):
         losses, lse = _linear_cross_entropy_lse(hidden, weight, bias, target, ignore_index, "none", *how[:4])
-        return (losses * given).sum() + (squares * lse.square()).sum()
+        return (losses * given).sum() + (squares * lse.square()).sum() + none
     # A row whose label is ignored has a square. Of its loss, which counts nothing, any label will do.
     target = torch.where(counted & (given != 0), target, torch.where(squares != 0, 0, ignore_index))
     call = _Call(ignore_index, how, (), BUDGET[memory])
     one = torch.ones((), dtype=sums, device=hidden.device)
-    return _computed(call, _Operands(hidden, weight, *_dense(bias, target), given, squares), one, memory)
+    return _computed(call, _Operands(hidden, weight, *_dense(bias, target), given, squares), one, memory) + none
 
 
 linear_cross_entropy_z = define_composite(

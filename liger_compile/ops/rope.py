@@ -2,8 +2,8 @@
 
 `rope(x, cos, sin, upcast=False, promote=False, contiguous=False, layout="halves", inverse=False, per_pair=False) -> y`
 `rope_pair(q, k, cos, sin, ...) -> (y_q, y_k)`: two tensors with one cos and sin, one launch; options as for `rope`.
-`complex_rope(x, freqs, promote=False) -> y`, `complex_rope_pair(q, k, freqs, promote=False) -> (y_q, y_k)`:
-neighbours as complex numbers times `freqs` = cos + i sin, complex64, [..., D / 2].
+`complex_rope(x, freqs, promote=False, layout="neighbours") -> y`, `complex_rope_pair(q, k, freqs, ...) -> (y_q, y_k)`:
+pairs as complex numbers times `freqs` = cos + i sin, complex64, [..., D / 2].
 
 - x: [..., D], 2 to 4 dimensions, any strides, float32, bfloat16 or float16.
 - cos, sin: [..., R], one dtype, broadcast against x's leading dimensions, R even and R <= D. Where R < D
@@ -273,18 +273,24 @@ def _angles(freqs: Tensor) -> tuple[Tensor, Tensor]:
     return torch.view_as_real(freqs.resolve_conj()).unbind(-1)
 
 
-_COMPLEX = {"upcast": True, "layout": "neighbours", "per_pair": True}
+_COMPLEX = {"upcast": True, "per_pair": True}
 
 
-def _complex(x: Tensor, freqs: Tensor, promote: bool = False) -> Tensor:
-    return rope(x, *_angles(freqs), promote=promote, **_COMPLEX)
+def _complex(x: Tensor, freqs: Tensor, promote: bool = False, layout: str = "neighbours") -> Tensor:
+    return rope(x, *_angles(freqs), promote=promote, layout=layout, **_COMPLEX)
 
 
-def _complex_pair(q: Tensor, k: Tensor, freqs: Tensor, promote: bool = False) -> tuple[Tensor, Tensor]:
-    return rope_pair(q, k, *_angles(freqs), promote=promote, **_COMPLEX)
+def _complex_pair(
+    q: Tensor, k: Tensor, freqs: Tensor, promote: bool = False, layout: str = "neighbours"
+) -> tuple[Tensor, Tensor]:
+    return rope_pair(q, k, *_angles(freqs), promote=promote, layout=layout, **_COMPLEX)
 
 
-complex_rope = define_composite("complex_rope(Tensor x, Tensor freqs, bool promote=False) -> Tensor", _complex)
+complex_rope = define_composite(
+    "complex_rope(Tensor x, Tensor freqs, bool promote=False, str layout='neighbours') -> Tensor", _complex
+)
 complex_rope_pair = define_composite(
-    "complex_rope_pair(Tensor q, Tensor k, Tensor freqs, bool promote=False) -> (Tensor, Tensor)", _complex_pair
+    "complex_rope_pair(Tensor q, Tensor k, Tensor freqs, bool promote=False, str layout='neighbours')"
+    " -> (Tensor, Tensor)",
+    _complex_pair,
 )

@@ -5,7 +5,7 @@ for calls with several results. Equations are in the comments: `left -> right` r
 Rules only look at values; no graph is changed by them.
 """
 
-from . import arithmetic, casts, indexing, layers, losses, views  # noqa: F401  (each adds its rules)
+from . import arithmetic, casts, indexing, joins, layers, losses, views  # noqa: F401  (each adds its rules)
 from .arithmetic import mul
 from .base import RULES, Call, NotCanonical, negated, widens
 from .losses import is_arange

@@ -10,7 +10,7 @@ import torch
 
 from ..terms import Term, same, size
 from .base import RULES, Call, NotCanonical, cast, elementwise, infer_dtype, is_tensor, neg, negated, negative_dim, rule
-from .losses import is_logsumexp, is_maximum, loss_of_picked, unshifted
+from .losses import is_logsumexp, is_maximum, logsumexp_with_maximum, loss_of_picked, unshifted
 from .rows import is_rowwise, is_scale
 from .sums import scaled_sum, sum_beside_squares, sum_of_rows
 from .written_out import unit_of, written_out_gelu
@@ -38,11 +38,24 @@ def mul(c: Call, x: Any, other: Any) -> Term:
 def _product(c: Call, x: Term, y: Any) -> Term:
     if (total := scaled_sum(c, x, y)) is not None:
         return total
+    if (capped := _capped(c, x, y)) is not None:
+        return capped
     if (unit := unit_of(c, x, y)) is not None:
         return unit
     product = elementwise(c, "mul", x, y)
     found = written_out_gelu(product)
     return product if found is None else elementwise(c, "gelu", *found)
+
+
+def _capped(c: Call, x: Term, y: Any) -> Term | None:
+    """tanh(z * k) * y -> tanh(z / y) * y, if k is 1 / y"""
+    if x.op != "tanh" or not isinstance(y, (int, float)) or x.args[0].op != "mul":
+        return None
+    z, k = x.args[0].args
+    if not isinstance(k, (int, float)) or not math.isclose(k * y, 1, rel_tol=torch.finfo(torch.float32).eps):
+        return None
+    argument = c.step("mul", z, c.terms.make("reciprocal", (y,)), like=x.args[0])
+    return elementwise(c, "mul", c.step("tanh", argument, like=x), y)
 
 
 def _keeps_dtype(c: Call, x: Term) -> bool:
@@ -90,6 +103,9 @@ def add(c: Call, x: Any, other: Any, *, alpha: Any = 1) -> Term:
                 return c("linear", *a.args[:2], b)  # linear(x, w) + b -> linear(x, w, b)
         if (total := sum_beside_squares(c, x, y)) is not None:
             return total
+        for a, b in ((x, y), (y, x)):
+            if (lse := logsumexp_with_maximum(c, a, b)) is not None:
+                return lse  # logsumexp(z - max(z)) + max(z) -> logsumexp(z)
     return elementwise(c, "add", x, y)
 
 
@@ -113,6 +129,8 @@ def sub(c: Call, x: Any, other: Any, *, alpha: Any = 1) -> Term:
         if (loss := loss_of_picked(c, picked, total)) is not None:
             return neg(c, loss) if picked is x else loss  # z[y] - logsumexp(z) -> -cross_entropy(z, y)
     if is_tensor(x) and is_tensor(other):
+        if x.op.startswith("sum_of_") and other.op.startswith("sum_of_"):
+            return add(c, x, neg(Call(c.terms, other.dtype, other.shape), other))
         if is_logsumexp(c, other, x):
             return elementwise(c, "log_softmax", unshifted(c, x), -1)  # x - logsumexp(x) -> log_softmax(x)
         if is_rowwise(x) and same(c.dtype, x.dtype) and is_maximum(other, x):

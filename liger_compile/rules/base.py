@@ -145,6 +145,8 @@ def _drop_promoted_upcast(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @rule("neg", "negative")
 def neg(c: Call, x: Term) -> Term:
+    if x.op.startswith("sum_of_") and isinstance(x.args[2], (int, float)):
+        return c(x.op, *x.args[:2], -x.args[2])  # see sums.py
     if x.op == "neg":
         return x.args[0]
     return through_cast(c, x, lambda y: c.step("neg", y, like=y))

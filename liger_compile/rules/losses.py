@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,7 @@ from .base import (
     widens,
 )
 from .layers import linear
-from .rows import has_rows, is_columns, is_one_number, is_rowwise, is_scaled_sigmoid
+from .rows import has_rows, is_columns, is_one_number, is_rowwise, is_scale, is_scaled_sigmoid
 from .views import move_dim, reshape_to, slice_
 from .written_out import without_number
 
@@ -123,13 +124,30 @@ def is_maximum(m: Term, x: Term) -> bool:
     rows = None if x.shape is None else (*x.shape[:-1], 1)
     if rows is None or not same(m.shape, rows):
         return False
-    while m.op == "reshape" or _is_detach(m):
-        m = m.args[1] if m.op == "call" else m.args[0]
+    m = _as_made(m)
     return m.op == "call" and m.args[0] == "amax" and m.args[1] is x and m.args[2] in (-1, (-1,))
+
+
+def _as_made(x: Term) -> Term:
+    """A value before it was given another shape, or taken out of its history."""
+    while x.op == "reshape" or _is_detach(x):
+        x = x.args[1] if x.op == "call" else x.args[0]
+    return x
 
 
 def _is_detach(m: Term) -> bool:
     return m.op == "call" and m.args[0] == "detach"
+
+
+def logsumexp_with_maximum(c: Call, lse: Term, most: Term) -> Term | None:
+    """logsumexp(z - max(z)) + max(z) -> logsumexp(z)"""
+    flat = _flat(lse)
+    if c.shape is None or flat.op != "logsumexp" or not same(lse.shape, most.shape):
+        return None
+    shifted = unwidened(flat.args[0])
+    if shifted.op != "shifted" or _as_made(unwidened(shifted.args[1])) is not _as_made(unwidened(most)):
+        return None
+    return _of_flat(c, "logsumexp", unshifted(c, flat.args[0]), -1)
 
 
 def unshifted(c: Call, x: Term) -> Term:
@@ -156,6 +174,55 @@ def _of_flat(c: Call, op: str, rows: Term, *args: Any) -> Term:
 
 NONE_IGNORED = torch.iinfo(torch.int64).min
 """The ignore_index of losses that have none: a label that cannot be looked up."""
+
+
+def _joined(c: Call, parts: tuple[Term, ...]) -> Term | None:
+    """What the parts are slices of, or its elements along the first dimension one after another, through what is done
+    to each row."""
+    first = parts[0]
+    if all(p is first for p in parts):
+        return first
+    if any(p.op != first.op or len(p.args) != len(first.args) for p in parts):
+        return None
+    if first.op == "slice" and all(p.args[:2] == first.args[:2] and p.args[4] == 1 for p in parts):
+        x, dim, start = first.args[:3]
+        ends = [(p.args[2], p.args[3]) for p in parts]
+        joined = dim == -len(x.shape) and all(same(a[1], b[0]) for a, b in itertools.pairwise(ends))
+        return slice_(c, x, dim, start, ends[-1][1]) if joined else None
+    if first.op == "select" and all(p.args[:2] == first.args[:2] for p in parts):
+        x, dim = first.args[:2]
+        if dim != -len(x.shape) or [p.args[2] for p in parts] != list(range(len(parts))) or x.shape[0] != len(parts):
+            return None
+        return reshape_to(c, x, (x.shape[0] * x.shape[1], *x.shape[2:]))
+    if first.op not in _OF_EACH_ROW or first.shape is None:
+        return None
+    args = []
+    for several in zip(*(p.args for p in parts), strict=True):
+        if isinstance(several[0], Term):
+            several = (None if None in several else _joined(c, several),)
+            if several[0] is None:
+                return None
+        elif not all(same(a, several[0]) for a in several):
+            return None
+        args.append(several[0])
+    rows = next(a for a in args if isinstance(a, Term)).shape[0]
+    return c.terms.make(first.op, tuple(args), first.dtype, (rows, *first.shape[1:]))
+
+
+_OF_EACH_ROW = {"cast", "mul", "tanh", "linear", "cross_entropy", "logsumexp", "pick", "neg"}
+
+
+def joined_losses(c: Call, parts: tuple[Term, ...]) -> Term | None:
+    """The losses of rows that were computed some at a time -> those of all rows, in the shape of the call's result."""
+    if c.shape is None or len(parts) < 2 or unwidened(parts[0]).op not in ("cross_entropy", "logsumexp", "neg"):
+        return None
+    rows = _joined(c, parts)
+    return None if rows is None or not _is_of_rows(rows) else reshape_to(c, rows, c.shape)
+
+
+def _is_of_rows(x: Term) -> bool:
+    x = unwidened(x.args[0] if x.op == "neg" else x)
+    return x.op == "logsumexp" or (x.op == "cross_entropy" and x.args[4] == "none")
 
 
 def _rows(c: Call, x: Term) -> Term:
@@ -185,6 +252,8 @@ def _head(c: Call, x: Term) -> Term:
     class, with scaled rows of it; scaled by a tensor of one number, with scaled inputs. What is scaled is rounded then,
     and the outputs are not."""
     if x.op == "mul" and is_tensor(x.args[1]):
+        if not is_scale(x.args[1], x.args[0]):
+            return x
         layer, scale = unwidened(_head(c, x.args[0])), x.args[1]
         if layer.op != "linear":
             return x
@@ -210,6 +279,17 @@ def _head(c: Call, x: Term) -> Term:
     weight = slice_(c, weight, -2, lo, hi)
     bias = slice_(c, bias, -1, lo, hi) if isinstance(bias, Term) else bias
     return c.terms.make("linear", (rows, weight, bias), x.dtype, x.shape)
+
+
+def logsumexp_of_head(c: Call, lse: Term) -> Term:
+    """logsumexp(z) -> that of what the loss of z is taken of, but for a sigmoid, which is a tanh to losses alone."""
+    x = lse.args[0]
+    while x.op in ("cast", "mul", "tanh", "slice"):
+        if is_scaled_sigmoid(x):
+            return lse
+        x = x.args[0]
+    rows = _head(c, lse.args[0])
+    return lse if rows is lse.args[0] else c.terms.make("logsumexp", (rows, *lse.args[1:]), lse.dtype, lse.shape)
 
 
 def _scaled(c: Call, x: Term | None, scale: Term) -> Term | None:

@@ -44,6 +44,12 @@ def has_rows(x: Term) -> bool:
     return is_rowwise(x.args[0] if x.op == "shifted" or (x.op == "log_softmax" and x.args[1] == -1) else x)
 
 
+def has_losses(x: Term) -> bool:
+    """Whether x is the losses of rows, in any shape."""
+    x = x.args[0] if x.op == "reshape" else x
+    return x.op == "cross_entropy" and x.args[4] == "none"
+
+
 def of_rows(c: Call, x: Term, move: Callable[[Term], Term]) -> Term:
     """Rows of a linear layer's output -> the output of those rows."""
     inner, *rest = x.args

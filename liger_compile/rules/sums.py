@@ -12,6 +12,7 @@ import torch
 
 from ..terms import Term, same
 from .base import Call, cast, is_tensor, unwidened, widens
+from .losses import logsumexp_of_head
 from .written_out import times_number
 
 DEPTH = 12
@@ -90,6 +91,7 @@ def _total(c: Call, x: Term, weights: Term | None, factor: float) -> Term | None
     """factor * sum(weights * x)"""
     if (found := _rows(x)) is not None:
         op, rows = found
+        rows = logsumexp_of_head(c, rows) if op == "sum_of_squares" else rows
         return c(op, rows, _reshaped(c, weights, x.shape, rows.shape), factor)
     inner = [a for a in _linear_in(x) if leads_to_rows(a)]
     if x.op in ("mul", "add", "call") and not all(same(x.shape, a.shape) for a in inner):

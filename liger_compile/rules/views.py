@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..terms import Expr, PatternError, Term, arith, same, size
-from .base import Call, NotCanonical, cast, infer_dtype, is_tensor, negative_dim, rule, through_cast, widens
-from .rows import has_rows, of_rows
+from .base import Call, NotCanonical, is_tensor, negative_dim, rule, through_cast, widens
+from .rows import has_losses, has_rows, of_rows
 
 
 def slice_(c: Call, x: Term, dim: int, lo: Any, hi: Any, step: Any = 1) -> Term:
@@ -48,9 +48,11 @@ def select(c: Call, x: Term, dim: int, index: Any) -> Term:
     """x[..., index, ...], with the dimension dropped."""
     if widens(x):
         return through_cast(c, x, lambda y: select(c, y, dim, index))
+    if dim < -1 and has_rows(x):
+        return of_rows(c, x, lambda y: select(c, y, dim, index))
     if x.op == "reshape" and x.shape is not None and len(x.shape) > 1:
         whole, shape = x.args[0], x.shape
-        if dim == -1 and isinstance(shape[-1], int) and isinstance(shape[-2], int):
+        if dim in (-1, -2) and isinstance(shape[-1], int) and isinstance(shape[-2], int):
             whole = reshape_to(c, whole, (*shape[:-2], shape[-2] * shape[-1]))
         if whole.shape is not None and dim in (-1, -2) and len(shape) == len(whole.shape) + 1:
             if same(shape[:-2], whole.shape[:-1]) and isinstance(shape[-1], int) and isinstance(shape[-2], int):
@@ -109,10 +111,17 @@ def reshape_to(c: Call, x: Term, shape: Any) -> Term:
         return x
     if x.op == "reshape":
         return reshape_to(c, x.args[0], shape)
+    if x.op == "neg" and has_losses(x.args[0]):
+        inner = reshape_to(c, x.args[0], shape)
+        return c.step("neg", inner, like=inner)
     if (repeated := _repeated(c, x, shape)) is not None:
         return repeated
     if x.op == "stack" and x.args[1] == -1 and same(shape[:-1], x.shape[:-2]):
-        return c.step("interleave", x.args[0], like=x, shape=shape)  # stack((x, y), -1).flatten(-2)
+        return _interleaved(c, x.args[0], x.dtype, shape)
+    if x.op == "stack" and x.args[1] == -2 and same(shape[:-1], x.shape[:-2]):
+        return c.step(
+            "cat", x.args[0], -1, dtype=x.dtype, shape=shape
+        )  # stack((x, y), -2).flatten(-2) -> cat((x, y), -1)
     if x.op in ("mean", "sum") and x.args[2] is False and isinstance(x.args[1], int):
         inner, dim, _ = x.args  # mean(x, dim).unsqueeze(dim) -> mean(x, dim, keepdim=True)
         if inner.shape is not None and same(shape, (*inner.shape[:dim], 1, *inner.shape[len(inner.shape) + dim + 1 :])):
@@ -188,7 +197,7 @@ def _flatten(c: Call, x: Term, start_dim: int = 0, end_dim: int = -1) -> Term:
     if widens(x):
         return through_cast(c, x, lambda y: _flatten(c, y, start_dim, end_dim))
     if x.op == "stack" and x.args[1] == -1:
-        return c.step("interleave", x.args[0], dtype=x.dtype)
+        return _interleaved(c, x.args[0], x.dtype)
     return _pattern_view(c, x, lambda s: (*s[:-2], s[-2] * s[-1]))
 
 
@@ -209,16 +218,40 @@ def _unflatten(c: Call, x: Term, dim: int, sizes: Any) -> Term:
 
 @rule("view_as_complex")
 def _view_as_complex(c: Call, x: Term) -> Term:
-    """view_as_complex(x.float().unflatten(-1, (-1, 2))) -> complex(x)"""
+    """view_as_complex(x.float().unflatten(-1, (-1, 2))) -> complex(x); of a stack, what that would be flat."""
     if x.shape is not None:
         x = reshape_to(c, x, (*x.shape[:-2], x.shape[-2] * 2))
     x = x.args[0] if widens(x) and x.dtype is torch.float32 else x
     if c.shape is None:
         shape = x.args[1] if x.op == "reshape" else None
-        if not isinstance(shape, Expr) or shape.args[1] is not _in_pairs:
-            raise PatternError("makes complex numbers of an unknown shape: in a pattern, use x.unflatten(-1, (-1, 2))")
-        x = x.args[0]
+        if x.op == "stack" and x.args[1] == -1:
+            x = _interleaved(c, x.args[0], dtype=x.dtype)
+        elif isinstance(shape, Expr) and shape.args[1] is _in_pairs:
+            x = x.args[0]
+        else:
+            raise PatternError(
+                "makes complex numbers of an unknown shape: in a pattern, use x.unflatten(-1, (-1, 2)) or "
+                "torch.stack((real, imaginary), dim=-1)"
+            )
     return c.step("complex", x, dtype=c.dtype, shape=c.shape)
+
+
+@rule("complex")
+def _complex(c: Call, real: Term, imag: Term) -> Term:
+    """complex(x, y) -> complex(stack((x, y), -1).flatten(-2))"""
+    parts = [x.args[0] if widens(x) and x.dtype is torch.float32 else x for x in (real, imag)]
+    shape = None if real.shape is None else (*real.shape[:-1], real.shape[-1] * 2)
+    return c.step("complex", _interleaved(c, tuple(parts), parts[0].dtype, shape), dtype=c.dtype, shape=c.shape)
+
+
+def _interleaved(c: Call, parts: tuple[Term, ...], dtype: Any = None, shape: Any = None) -> Term:
+    """stack(parts, -1).flatten(-2), which of the neighbours of x is x."""
+    whole = parts[0].args[0] if parts[0].op == "slice" else None
+    if whole is not None and len(parts) == 2 and all(p.op == "slice" and p.args[0] is whole for p in parts):
+        ends = [(dim, lo, step) for _, dim, lo, _, step in (p.args for p in parts)]
+        if ends == [(-1, 0, 2), (-1, 1, 2)] and same(parts[1].args[3], size(whole, -1)):
+            return whole
+    return c.step("interleave", parts, dtype=dtype, shape=shape)
 
 
 @rule("view", "reshape", "view_as", "reshape_as", "_unsafe_view", "ravel")
@@ -238,7 +271,20 @@ def _expand(c: Call, x: Term, *args: Any, **kwargs: Any) -> Term:
         raise PatternError("gives a shape that a pattern cannot know: operands broadcast without it")
     if x.shape is not None and same(x.shape, c.shape):
         return x
+    if x.is_float and len(x.shape) == len(c.shape) == 4 and isinstance(n := c.shape[1], int):
+        if same((x.shape[0], 1, *x.shape[2:]), x.shape) and same((x.shape[0], n, *x.shape[2:]), c.shape):
+            return through_cast(c, x, lambda y: c.step("repeat", y, -3, n, dtype=y.dtype, shape=c.shape))  # one head
     return through_cast(c, x, lambda y: c.step("expand", y, c.shape, dtype=y.dtype, shape=c.shape))
+
+
+@rule("repeat")
+def _repeat(c: Call, x: Term, *repeats: Any) -> Term:
+    repeats = repeats[0] if len(repeats) == 1 and isinstance(repeats[0], (tuple, list)) else repeats
+    if c.shape is None or len(repeats) != len(x.shape):
+        raise NotCanonical("has a shape that is not known, or more dimensions than before")
+    if not all(same(r, 1) or same(n, 1) for r, n in zip(repeats, x.shape, strict=True)):
+        raise NotCanonical("repeats what has several elements")
+    return _expand(c, x)
 
 
 @rule("broadcast_tensors")
@@ -297,6 +343,13 @@ def _t(c: Call, x: Term) -> Term:
     return permute(c, x, (-1, -2))
 
 
+@rule("getattr")
+def _attribute(c: Call, x: Term, name: str) -> Term:
+    if name not in ("T", "mT") or x.shape is None or len(x.shape) < 2 or (name == "T" and len(x.shape) > 2):
+        raise NotCanonical("is no transposition")
+    return permute(c, x, (-1, -2))
+
+
 @rule("permute")
 def _permute(c: Call, x: Term, *dims: Any) -> Term:
     dims = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
@@ -315,34 +368,3 @@ def move_dim(c: Call, x: Term, source: int, destination: int) -> Term:
     order = [d for d in range(-n, 0) if d != source]
     order.insert(destination + n, source)
     return permute(c, x, tuple(order))
-
-
-@rule("cat", "concat", "concatenate")
-def cat(c: Call, tensors: Any, dim: int = 0) -> Term:
-    parts = tuple(p for p in tensors if not same(p.shape, (0,))) or tuple(tensors)  # such a part may lack dimensions
-    dim = negative_dim(parts[0], dim)
-    inner = {p.args[0].dtype for p in parts if p.op == "cast"}
-    if all(widens(p) for p in parts) and len(inner) == 1:  # cat(cast(x), cast(y)) -> cast(cat(x, y))
-        whole = c.step("cat", tuple(p.args[0] for p in parts), dim, dtype=inner.pop(), shape=c.shape)
-        return cast(c, whole, parts[0].args[1])
-    return c.step("cat", parts, dim, dtype=c.dtype or infer_dtype("cat", parts), shape=c.shape)
-
-
-@rule("hstack")
-def _hstack(c: Call, tensors: Any) -> Term:
-    ranks = {None if p.shape is None else len(p.shape) for p in tensors}
-    if len(ranks) != 1 or ranks & {None, 0}:
-        raise NotCanonical("joins tensors of several ranks")
-    return cat(c, tensors, 0 if ranks == {1} else 1)
-
-
-@rule("stack")
-def _stack(c: Call, tensors: Any, dim: int = 0) -> Term:
-    parts = tuple(tensors)
-    if isinstance(dim, int) and dim >= 0 and parts[0].shape is not None:
-        dim -= len(parts[0].shape) + 1
-    inner = {p.args[0].dtype for p in parts if p.op == "cast"}
-    if all(widens(p) for p in parts) and len(inner) == 1:  # stack(cast(x), cast(y)) -> cast(stack(x, y))
-        whole = c.step("stack", tuple(p.args[0] for p in parts), dim, dtype=inner.pop(), shape=c.shape)
-        return cast(c, whole, parts[0].args[1])
-    return c.step("stack", parts, dim, dtype=c.dtype or infer_dtype("stack", parts), shape=c.shape)
