@@ -73,6 +73,23 @@ class Recipe(nn.Module):
         return self.shapes[key]
 
 
+@dataclass(frozen=True)
+class _Computed:
+    """A tensor, and its version when it was computed. Tensors of the value are written to in place; what is converted
+    from it before that, and computed later, is not of that."""
+
+    tensor: Tensor
+    version: Any
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Computed:
+        return cls(tensor, _version(tensor))
+
+    @property
+    def is_unchanged(self) -> bool:
+        return self.version == _version(self.tensor)
+
+
 @dataclass
 class _State:
     """One value: what it is computed from, and once that is done, itself."""
@@ -81,12 +98,9 @@ class _State:
     inputs: tuple[Any, ...]
     versions: tuple[Any, ...]
     with_grad: bool
-    value: Tensor | None = None
-    plain: Tensor | None = None
+    value: _Computed | None = None
+    plain: _Computed | None = None
     """The value without a gradient history: all there is below autograd."""
-    unchanged: dict[str, Any] = field(default_factory=dict)
-    """The versions of these two when they were made. Tensors of the value are written to in place; what is converted
-    from it before that, and computed later, is not of that."""
     steps: int | None = None
     """How many steps optimizers had made, for weights that FSDP writes without a change of their version."""
 
@@ -96,30 +110,22 @@ class _State:
 
     def compute(self) -> Tensor:
         """The value with its gradient history, computed once."""
-        if not self.has("value"):
+        if self.value is None or not self.value.is_unchanged:
             self.check()
             with torch.set_grad_enabled(self.with_grad):
-                self.keep("value", self.recipe.compute(self.inputs))
-        return self.value
+                self.value = _Computed.of(self.recipe.compute(self.inputs))
+        return self.value.tensor
 
     def compute_plain(self) -> Tensor:
         """The value without its history, for code that runs below autograd."""
-        if not self.has("plain"):
-            if self.has("value"):
-                self.keep("plain", self.value.detach())
+        if self.plain is None or not self.plain.is_unchanged:
+            if self.value is not None and self.value.is_unchanged:
+                self.plain = _Computed.of(self.value.tensor.detach())
             else:
                 self.check()
                 with torch.no_grad():
-                    self.keep("plain", self.recipe.compute(self.inputs))
-        return self.plain
-
-    def has(self, name: str) -> bool:
-        kept = getattr(self, name)
-        return kept is not None and self.unchanged[name] == _version(kept)
-
-    def keep(self, name: str, value: Tensor) -> None:
-        setattr(self, name, value)
-        self.unchanged[name] = _version(value)
+                    self.plain = _Computed.of(self.recipe.compute(self.inputs))
+        return self.plain.tensor
 
     def check(self) -> None:
         if any(map(_is_freed, self.inputs)):

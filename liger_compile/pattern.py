@@ -218,7 +218,7 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 def where(function: Callable[..., Any]) -> str:
     """How messages call a pattern's function: its name, file and line."""
-    code = getattr(function, "__code__", None)
+    code = getattr(inspect.unwrap(function), "__code__", None)
     at = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
     return f"pattern {getattr(function, '__name__', function)!r}{at}"
 

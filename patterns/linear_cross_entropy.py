@@ -1,7 +1,8 @@
 """Cross-entropy of a linear layer's outputs: a language model's head and its loss."""
 
+import inspect
 import itertools
-from functools import partial
+from functools import partial, wraps
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from liger_compile import ops
 from liger_compile.graph_terms import value_of
 from liger_compile.match import Match
 from liger_compile.ops.linear_cross_entropy import BUDGET, SMALL_BYTES, is_hopper
-from liger_compile.registry import pattern
+from liger_compile.registry import register_pattern
 from liger_compile.report import size
 from liger_compile.rules import leads_to_rows
 from liger_compile.terms import Term
@@ -87,204 +88,121 @@ def examples(make, rows):
 WHOLE = (ops.linear_cross_entropy, ops.linear_cross_entropy_sum, ops.linear_cross_entropy_z)
 """What makes a number of all losses, so that it need not hold all logits."""
 
+TRANSFORMS = {
+    "plain": (),
+    "scaled": ("scale",),  # Cohere, Falcon-H1
+    "divided": ("divisor",),  # Granite, a temperature
+    "softcapped": ("softcap",),  # Gemma 2
+    "scaled_and_softcapped": ("scale", "softcap"),  # modded-nanogpt, whose sigmoid is written as a tanh
+    "divided_and_softcapped": ("divisor", "softcap"),
+}
+"""What is done to logits, by the numbers that it takes."""
 
-def loss_pattern(replace=ops.linear_cross_entropy, **how):
+
+def logits_of(hidden, weight, bias, wide=False, scale=None, divisor=None, softcap=None):
+    """Upcast before what follows the product, if `wide`; else that is in its dtype."""
+    logits = F.linear(hidden, weight, bias)
+    logits = logits.float() if wide else logits
+    if scale is not None:
+        logits = logits * scale
+    if divisor is not None:
+        logits = logits / divisor
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def loss_of_logits(replace, transforms=tuple(TRANSFORMS), examples=examples, **how):
+    """Registers a function of logits and others for each way to make the logits."""
     spares = effect if replace in WHOLE else None
     how = {"check": check, "on_demand": is_large, "examples": examples, "effect": spares, **how}
-    return pattern(replace, name="linear_cross_entropy", **how)
+
+    def register(function):
+        for name in transforms:
+            register_pattern(with_logits(function, name), replace, name="linear_cross_entropy", **how)
+        return function
+
+    return register
 
 
-def loss(logits, target, ignore_index, reduction, smoothing=0.0):
-    how = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": smoothing}
+def with_logits(function, transform):
+    """A function of logits as one of what they are made of."""
+    made_of = ("hidden", "weight", "bias", *TRANSFORMS[transform])
+    others = [p for p in inspect.signature(function).parameters.values() if p.name != "logits"]
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in made_of]
+    parameters = sorted((*parameters, *others), key=lambda p: p.kind)
+    if transform != "plain":  # else the loss upcasts the logits in any case
+        parameters.append(inspect.Parameter("wide", inspect.Parameter.KEYWORD_ONLY, annotation=Choice))
+    signature = inspect.Signature(parameters)
+
+    @wraps(function)
+    def spelling(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        logits = logits_of(**{name: given.pop(name) for name in (*made_of, "wide") if name in given})
+        return function(logits, **given)
+
+    spelling.__name__ = spelling.__qualname__ = f"{transform}_{function.__name__}"
+    spelling.__signature__ = signature
+    spelling.__annotations__ = {p.name: p.annotation for p in parameters if p.annotation is not p.empty}
+    return spelling
+
+
+Choice = Literal[False, True]
+
+
+@loss_of_logits(ops.linear_cross_entropy)
+def loss(logits, target, ignore_index, reduction, label_smoothing):
+    how = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
     return F.cross_entropy(logits.float(), target, **how)
 
 
-def head(hidden, weight, bias, wide):
-    """The logits, upcast before what follows them or after it."""
-    logits = F.linear(hidden, weight, bias)
-    return logits.float() if wide else logits
+@loss_of_logits(ops.linear_cross_entropy, ["plain"])
+def weighted(logits, target, class_weight: torch.Tensor, ignore_index, reduction):
+    how = {"ignore_index": ignore_index, "reduction": reduction}
+    return F.cross_entropy(logits.float(), target, class_weight.float(), **how)
 
 
-def cap(logits, softcap):
-    return torch.tanh(logits / softcap) * softcap
-
-
-@loss_pattern()
-def plain(hidden, weight, bias, target, ignore_index, reduction, label_smoothing):
-    return loss(F.linear(hidden, weight, bias), target, ignore_index, reduction, label_smoothing)
-
-
-@loss_pattern()
-def weighted(hidden, weight, bias, target, class_weight: torch.Tensor, ignore_index, reduction):
-    logits = F.linear(hidden, weight, bias).float()
-    return F.cross_entropy(logits, target, class_weight.float(), ignore_index=ignore_index, reduction=reduction)
-
-
-Wide = Literal[False, True]
-
-
-@loss_pattern()  # Cohere, Falcon-H1
-def scaled(hidden, weight, bias, target, ignore_index, reduction, label_smoothing, scale, *, wide: Wide):
-    return loss(head(hidden, weight, bias, wide) * scale, target, ignore_index, reduction, label_smoothing)
-
-
-@loss_pattern()  # Granite
-def divided(hidden, weight, bias, target, ignore_index, reduction, label_smoothing, divisor, *, wide: Wide):
-    return loss(head(hidden, weight, bias, wide) / divisor, target, ignore_index, reduction, label_smoothing)
-
-
-@loss_pattern()  # Gemma 2
-def softcapped(hidden, weight, bias, target, ignore_index, reduction, label_smoothing, softcap, *, wide: Wide):
-    capped = cap(head(hidden, weight, bias, wide), softcap)
-    return loss(capped, target, ignore_index, reduction, label_smoothing)
-
-
-@loss_pattern()  # modded-nanogpt, whose sigmoid is written as a tanh
-def scaled_and_softcapped(
-    hidden, weight, bias, target, ignore_index, reduction, label_smoothing, scale, softcap, *, wide: Wide
-):
-    capped = cap(head(hidden, weight, bias, wide) * scale, softcap)
-    return loss(capped, target, ignore_index, reduction, label_smoothing)
-
-
-def rows(logits, target, shape, ignore_index, smoothing, negative):
+@loss_of_logits(ops.linear_cross_entropy_rows)
+def rows(logits, target, shape, ignore_index, label_smoothing, *, negative: Choice):
     """The losses of tokens in the shape of the labels, or the log-probabilities of these."""
-    losses = loss(logits, target, ignore_index, "none", smoothing).reshape(shape)
+    losses = loss(logits, target, ignore_index, "none", label_smoothing).reshape(shape)
     return -losses if negative else losses
 
 
-rows_pattern = partial(loss_pattern, ops.linear_cross_entropy_rows)
+# Before the losses of rows, which hold what these do not.
+sum_of_logits = partial(loss_of_logits, priority=1)
 
 
-@rows_pattern()
-def plain_rows(hidden, weight, bias, target, shape, ignore_index, label_smoothing, *, negative: Wide):
-    return rows(F.linear(hidden, weight, bias), target, shape, ignore_index, label_smoothing, negative)
-
-
-@rows_pattern()
-def scaled_rows(
-    hidden, weight, bias, target, shape, ignore_index, label_smoothing, scale, *, wide: Wide, negative: Wide
-):
-    return rows(head(hidden, weight, bias, wide) * scale, target, shape, ignore_index, label_smoothing, negative)
-
-
-@rows_pattern()  # a temperature
-def divided_rows(
-    hidden, weight, bias, target, shape, ignore_index, label_smoothing, divisor, *, wide: Wide, negative: Wide
-):
-    return rows(head(hidden, weight, bias, wide) / divisor, target, shape, ignore_index, label_smoothing, negative)
-
-
-@rows_pattern()
-def softcapped_rows(
-    hidden, weight, bias, target, shape, ignore_index, label_smoothing, softcap, *, wide: Wide, negative: Wide
-):
-    capped = cap(head(hidden, weight, bias, wide), softcap)
-    return rows(capped, target, shape, ignore_index, label_smoothing, negative)
-
-
-def weighted_sum(logits, target, row_weight, factor, ignore_index, smoothing):
-    return (loss(logits, target, ignore_index, "none", smoothing) * row_weight).sum() * factor
-
-
-sum_pattern = partial(loss_pattern, ops.linear_cross_entropy_sum, priority=1)
-"""Before the losses of rows, which hold what these do not."""
-
-
-@sum_pattern()  # a mask of the tokens that count, rewards
-def plain_sum(hidden, weight, bias, target, row_weight, factor, ignore_index, label_smoothing):
-    return weighted_sum(F.linear(hidden, weight, bias), target, row_weight, factor, ignore_index, label_smoothing)
-
-
-@sum_pattern()
-def scaled_sum(hidden, weight, bias, target, row_weight, factor, ignore_index, label_smoothing, scale, *, wide: Wide):
-    logits = head(hidden, weight, bias, wide) * scale
-    return weighted_sum(logits, target, row_weight, factor, ignore_index, label_smoothing)
-
-
-@sum_pattern()
-def divided_sum(
-    hidden, weight, bias, target, row_weight, factor, ignore_index, label_smoothing, divisor, *, wide: Wide
-):
-    logits = head(hidden, weight, bias, wide) / divisor
-    return weighted_sum(logits, target, row_weight, factor, ignore_index, label_smoothing)
-
-
-@sum_pattern()
-def softcapped_sum(
-    hidden, weight, bias, target, row_weight, factor, ignore_index, label_smoothing, softcap, *, wide: Wide
-):
-    logits = cap(head(hidden, weight, bias, wide), softcap)
-    return weighted_sum(logits, target, row_weight, factor, ignore_index, label_smoothing)
-
-
-def squares(logits, z_weight, z_factor):
-    return (torch.logsumexp(logits, -1).square() * z_weight).sum() * z_factor
-
-
-def plus_squares(logits, target, ignore_index, reduction, z_weight, z_factor):
-    return loss(logits, target, ignore_index, reduction) + squares(logits.float(), z_weight, z_factor)
-
-
-def sum_plus_squares(logits, target, ignore_index, row_weight, factor, z_weight, z_factor):
-    return weighted_sum(logits, target, row_weight, factor, ignore_index, 0.0) + squares(
-        logits.float(), z_weight, z_factor
-    )
+@sum_of_logits(ops.linear_cross_entropy_sum)  # a mask of the tokens that count, rewards
+def weighted_sum(logits, target, row_weight, factor, ignore_index, label_smoothing):
+    return (loss(logits, target, ignore_index, "none", label_smoothing) * row_weight).sum() * factor
 
 
 def reduced_examples(make, rows):
     return (example for example in examples(make, rows) if example["reduction"] != "none")
 
 
-z_pattern = partial(loss_pattern, ops.linear_cross_entropy_z, priority=1, examples=reduced_examples)
+def squares(logits, z_weight, z_factor):
+    return (torch.logsumexp(logits.float(), -1).square() * z_weight).sum() * z_factor
 
 
-@z_pattern()  # z-loss, as in PaLM
-def plain_z(hidden, weight, bias, target, ignore_index, reduction, z_weight, z_factor):
-    return plus_squares(F.linear(hidden, weight, bias), target, ignore_index, reduction, z_weight, z_factor)
+@sum_of_logits(ops.linear_cross_entropy_z, examples=reduced_examples)  # z-loss, as in PaLM
+def with_z_loss(logits, target, ignore_index, reduction, z_weight, z_factor):
+    return loss(logits, target, ignore_index, reduction, 0.0) + squares(logits, z_weight, z_factor)
 
 
-@z_pattern()
-def scaled_z(hidden, weight, bias, target, ignore_index, reduction, z_weight, z_factor, scale, *, wide: Wide):
-    logits = head(hidden, weight, bias, wide) * scale
-    return plus_squares(logits, target, ignore_index, reduction, z_weight, z_factor)
+@sum_of_logits(ops.linear_cross_entropy_z)
+def sum_with_z_loss(logits, target, ignore_index, row_weight, factor, z_weight, z_factor):
+    return weighted_sum(logits, target, row_weight, factor, ignore_index, 0.0) + squares(logits, z_weight, z_factor)
 
 
-@z_pattern()
-def softcapped_z(hidden, weight, bias, target, ignore_index, reduction, z_weight, z_factor, softcap, *, wide: Wide):
-    logits = cap(head(hidden, weight, bias, wide), softcap)
-    return plus_squares(logits, target, ignore_index, reduction, z_weight, z_factor)
+# A z-loss whose parts are returned too, and what else has a log-sum-exp.
+beside_logsumexp = partial(loss_of_logits, ops.linear_cross_entropy_lse, ["plain"])
 
 
-@z_pattern()
-def plain_sum_z(hidden, weight, bias, target, ignore_index, row_weight, factor, z_weight, z_factor):
-    logits = F.linear(hidden, weight, bias)
-    return sum_plus_squares(logits, target, ignore_index, row_weight, factor, z_weight, z_factor)
+@beside_logsumexp()
+def with_lse(logits, target, ignore_index, reduction):
+    return loss(logits, target, ignore_index, reduction, 0.0), torch.logsumexp(logits.float(), -1)
 
 
-@z_pattern()
-def scaled_sum_z(
-    hidden, weight, bias, target, ignore_index, row_weight, factor, z_weight, z_factor, scale, *, wide: Wide
-):
-    logits = head(hidden, weight, bias, wide) * scale
-    return sum_plus_squares(logits, target, ignore_index, row_weight, factor, z_weight, z_factor)
-
-
-@z_pattern()
-def softcapped_sum_z(
-    hidden, weight, bias, target, ignore_index, row_weight, factor, z_weight, z_factor, softcap, *, wide: Wide
-):
-    logits = cap(head(hidden, weight, bias, wide), softcap)
-    return sum_plus_squares(logits, target, ignore_index, row_weight, factor, z_weight, z_factor)
-
-
-@loss_pattern(ops.linear_cross_entropy_lse)  # z-loss whose parts are returned too, and what else has a log-sum-exp
-def with_lse(hidden, weight, bias, target, ignore_index, reduction):
-    logits = F.linear(hidden, weight, bias).float()
-    return loss(logits, target, ignore_index, reduction), torch.logsumexp(logits, -1)
-
-
-@loss_pattern(ops.linear_cross_entropy_lse)
-def with_lse_in_shape(hidden, weight, bias, target, shape, ignore_index, reduction):
-    logits = F.linear(hidden, weight, bias).float()
-    return loss(logits, target, ignore_index, reduction), torch.logsumexp(logits, -1).reshape(shape)
+@beside_logsumexp()
+def with_lse_in_shape(logits, target, shape, ignore_index, reduction):
+    return loss(logits, target, ignore_index, reduction, 0.0), torch.logsumexp(logits.float(), -1).reshape(shape)
