@@ -24,7 +24,7 @@ def check(match: Match) -> str | dict[str, Any] | None:
     x, gate = match.captures["x"], match.captures["gate"]
     if (reason := check_norm(match)) is not None:
         return reason
-    if gate in match.terms and any(t.op == "rsqrt" and t in match.terms for t in subterms(gate)):
+    if gate in match.terms and any(t.op in ("rsqrt", "rms_norm") and t in match.terms for t in subterms(gate)):
         return "the gate is the normalised value, which is then to be computed by itself"
     if gate.shape != x.shape:
         return f"the gate {tuple(gate.shape)} and what is normalised {tuple(x.shape)} broadcast"

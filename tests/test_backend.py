@@ -511,7 +511,7 @@ def test_data_parallel(configs, reports, process_group):
         model.zero_grad()
     assert len(reports) > 1
     total = sum((collections.Counter(r.counts) for r in reports), collections.Counter())
-    assert total == {"rms_norm": 3, "swiglu": 3, "linear_cross_entropy": 1}
+    assert total == {"gated_rms_norm": 3, "linear_cross_entropy": 1}
     assert relative_error(losses[1], losses[0]) < 1e-5
     for name, grad in grads[0].items():
         assert relative_error(grads[1][name], grad) < 1e-5, name
@@ -549,7 +549,7 @@ def test_fully_sharded(process_group):
         kept[0].sum()
     assert kept[1].computed
     total = sum((collections.Counter(r.counts) for r in reports), collections.Counter())
-    assert total == {"rms_norm": 3, "swiglu": 3, "linear_cross_entropy": 1}
+    assert total == {"gated_rms_norm": 3, "linear_cross_entropy": 1}
     sharded.reshard()
     for ours, expected in zip(sharded.parameters(), plain.parameters(), strict=True):
         assert relative_error(ours.full_tensor(), expected) < 1e-5

@@ -379,6 +379,7 @@ NOT_GATED = {
     "gate broadcasts": (lambda x, g, w: norm_llama(x, w) * F.silu(g[..., :1]), {"rms_norm": 1}),
     "weight for each token": (lambda x, g, w: norm_llama(x, x.cos()) * F.silu(g), None),
     "normalised value used": (lambda x, g, w: (lambda y: y * F.silu(g) + y)(norm_llama(x, w)), {"rms_norm": 1, "swiglu": 1}),
+    "torch's own, a gate of itself": (lambda x, g, w: (lambda y: F.silu(y) * y)(F.rms_norm(x, (16,), w, 1e-6)), {"rms_norm": 1, "swiglu": 1}),
     "gate used": (lambda x, g, w: (lambda a: norm_llama(x, w) * a + a)(F.silu(g)), {"rms_norm": 1}),
     "gate computed from the norm": (lambda x, g, w: (lambda y: y * F.silu(y @ w.outer(w)))(norm_llama(x, w)), {"rms_norm": 1, "swiglu": 1}),
     "statistics of the value without its gate": (lambda x, g, w: w * (x * F.silu(g) * torch.rsqrt(mean_square(x) + 1e-6)), None),
