@@ -477,6 +477,8 @@ PARTS = {
     "with a gap": lambda z, y: [(z[:2], y[:2]), (z[3:], y[3:])],
     "labels in another order": lambda z, y: [(z[:3], y[3:]), (z[3:], y[:3])],
     "twice": lambda z, y: [(z[:3], y[:3]), (z[:3], y[:3])],
+    "with the same labels": lambda z, y: [(z[:3], y[:3]), (z[3:], y[:3])],
+    "the same rows": lambda z, y: [(z[:3], y[:3]), (z[:3], y[3:])],
 }
 
 

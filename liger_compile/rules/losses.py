@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -174,55 +173,6 @@ def _of_flat(c: Call, op: str, rows: Term, *args: Any) -> Term:
 
 NONE_IGNORED = torch.iinfo(torch.int64).min
 """The ignore_index of losses that have none: a label that cannot be looked up."""
-
-
-def _joined(c: Call, parts: tuple[Term, ...]) -> Term | None:
-    """What the parts are slices of, or its elements along the first dimension one after another, through what is done
-    to each row."""
-    first = parts[0]
-    if all(p is first for p in parts):
-        return first
-    if any(p.op != first.op or len(p.args) != len(first.args) for p in parts):
-        return None
-    if first.op == "slice" and all(p.args[:2] == first.args[:2] and p.args[4] == 1 for p in parts):
-        x, dim, start = first.args[:3]
-        ends = [(p.args[2], p.args[3]) for p in parts]
-        joined = dim == -len(x.shape) and all(same(a[1], b[0]) for a, b in itertools.pairwise(ends))
-        return slice_(c, x, dim, start, ends[-1][1]) if joined else None
-    if first.op == "select" and all(p.args[:2] == first.args[:2] for p in parts):
-        x, dim = first.args[:2]
-        if dim != -len(x.shape) or [p.args[2] for p in parts] != list(range(len(parts))) or x.shape[0] != len(parts):
-            return None
-        return reshape_to(c, x, (x.shape[0] * x.shape[1], *x.shape[2:]))
-    if first.op not in _OF_EACH_ROW or first.shape is None:
-        return None
-    args = []
-    for several in zip(*(p.args for p in parts), strict=True):
-        if isinstance(several[0], Term):
-            several = (None if None in several else _joined(c, several),)
-            if several[0] is None:
-                return None
-        elif not all(same(a, several[0]) for a in several):
-            return None
-        args.append(several[0])
-    rows = next(a for a in args if isinstance(a, Term)).shape[0]
-    return c.terms.make(first.op, tuple(args), first.dtype, (rows, *first.shape[1:]))
-
-
-_OF_EACH_ROW = {"cast", "mul", "tanh", "linear", "cross_entropy", "logsumexp", "pick", "neg"}
-
-
-def joined_losses(c: Call, parts: tuple[Term, ...]) -> Term | None:
-    """The losses of rows that were computed some at a time -> those of all rows, in the shape of the call's result."""
-    if c.shape is None or len(parts) < 2 or unwidened(parts[0]).op not in ("cross_entropy", "logsumexp", "neg"):
-        return None
-    rows = _joined(c, parts)
-    return None if rows is None or not _is_of_rows(rows) else reshape_to(c, rows, c.shape)
-
-
-def _is_of_rows(x: Term) -> bool:
-    x = unwidened(x.args[0] if x.op == "neg" else x)
-    return x.op == "logsumexp" or (x.op == "cross_entropy" and x.args[4] == "none")
 
 
 def _rows(c: Call, x: Term) -> Term:
