@@ -45,7 +45,7 @@ def _stack(c: Call, tensors: Any, dim: int = 0) -> Term:
     return c.step("stack", parts, dim, dtype=c.dtype or infer_dtype("stack", parts), shape=c.shape)
 
 
-# ---- losses of rows, some at a time -----------------------------------------------------------------------------------
+# ---- losses of rows, some at a time ----------------------------------------------------------------------------------
 
 _WITH_ROWS = {"cast": 1, "mul": 1, "tanh": 1, "neg": 1, "linear": 1, "logsumexp": 1, "cross_entropy": 2, "pick": 2}
 """How many arguments, the first ones, have the rows of the result; the others are of all rows."""
