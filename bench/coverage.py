@@ -516,7 +516,8 @@ def others(results: list[Coverage]) -> Iterator[dict[str, Any]]:
             run = r.runs.get(situation)
             if run is None:
                 continue
-            more = {k: n for k, n in run.left.items() if n > r.runs["float32"].left.get(k, 0) and k != "mask"}
+            alone = r.runs["float32"].left if "float32" in r.runs else {}
+            more = {k: n for k, n in run.left.items() if n > alone.get(k, 0) and k != "mask"}
             most = 1.05 * (run.plain_error or 0.0) if situation == "autocast" else 1e-4
             wrong = run.gradient_error is not None and run.gradient_error > most
             if more or wrong or run.failure:
