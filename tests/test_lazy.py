@@ -594,12 +594,31 @@ def test_made_under_autocast():
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["", "upcast outside"])
-def test_made_under_autocast_in_the_graph(wide):
+def all_under_autocast(h, w):
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.linear(h, w) * SCALE
+
+
+def upcast_outside_of_autocast(h, w):
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = F.linear(h, w) * SCALE
+    return logits.float()
+
+
+def autocast_inside_of_autocast(h, w):
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = F.linear(h, w)
+        with torch.autocast("cpu", enabled=False):
+            logits = logits.float() * SCALE
+        return 5.0 * torch.tanh(logits / 5.0)
+
+
+@pytest.mark.parametrize(
+    "head", [all_under_autocast, upcast_outside_of_autocast, autocast_inside_of_autocast], ids=lambda f: f.__name__
+)
+def test_made_under_autocast_in_the_graph(head):
     def function(h, w, y):
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = F.linear(h, w) * SCALE
-        logits = logits.float() if wide else logits
+        logits = head(h, w)
         return F.cross_entropy(logits, y), logits
 
     h, w, y = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True), torch.randint(11, (6,))
