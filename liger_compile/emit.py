@@ -69,10 +69,7 @@ class Emitter:
             node = next((n for n in carriers if n in self.preferred), carriers[0])
             return self.moved.get(node, node)
         if value not in self._made:
-            make = _IMPLICIT.get(value.op)
-            if make is None:
-                raise Illegal(f"{describe(value)} is not computed anywhere in the graph")
-            self._made[value] = make(self, *value.args)
+            self._made[value] = _IMPLICIT[value.op](self, *value.args)  # `check_operands` has seen that it is there
         return self._made[value]
 
     def size(self, value: torch.SymInt) -> fx.Node:

@@ -131,7 +131,7 @@ _FAMILIES = (
     {"cross_entropy", "cross_entropy_of_probabilities", "nll_loss", "kl_div", "mse_loss", "pick"},
 )
 _ARITHMETIC = {"add", "sub", "mul", "div", "neg", "square", "cast", "slice", "select", "reshape", "permute", "expand"}
-_ANYWHERE = _ARITHMETIC | {"linear", "logsumexp", "sigmoid", "sum_of_squares"}
+_ANYWHERE = _ARITHMETIC | {"linear", "logsumexp", "sigmoid", "sum_of_squares", "plus_squares"}
 """What is in models of all kinds, and does not tell a pattern."""
 _COMMON = _ANYWHERE | {"cat"}
 _HALF = (torch.float16, torch.bfloat16)

@@ -387,6 +387,11 @@ def _counted(target: Tensor, ignore_index: int, classes: int) -> Tensor:
     return counted
 
 
+def _one(hidden: Tensor) -> Tensor:
+    """What a sum is divided by."""
+    return hidden.new_ones((), dtype=torch.promote_types(torch.float32, hidden.dtype))
+
+
 def _dense(bias: Tensor | None, target: Tensor) -> tuple[Tensor | None, Tensor]:
     """Both without gaps, as the kernels read them; hidden and weight may lie anyhow."""
     return None if bias is None else bias.contiguous(), target.contiguous()
@@ -430,7 +435,7 @@ def _linear_cross_entropy(
         given = torch.where(counted, class_weight.to(sums)[torch.where(counted, target, 0)], 0)
     if reduction != "none":
         ones = counted if given is None else given
-        count = ones.sum().to(sums) if reduction == "mean" else torch.ones((), dtype=sums, device=hidden.device)
+        count = ones.sum().to(sums) if reduction == "mean" else _one(hidden)
     call = _Call(ignore_index, how, (), BUDGET[memory])
     return _computed(call, _Operands(hidden, weight, *_dense(bias, target), given), count, memory)
 
@@ -489,8 +494,8 @@ def _linear_cross_entropy_sum(
     _counted(target, ignore_index, weight.shape[0])
     target = torch.where(row_weight == 0, ignore_index, target)
     call = _Call(ignore_index, Transform(*how[:4], label_smoothing), (), BUDGET[memory])
-    one = torch.ones((), dtype=sums, device=hidden.device)
-    return _computed(call, _Operands(hidden, weight, *_dense(bias, target), row_weight), one, memory) * factor
+    o = _Operands(hidden, weight, *_dense(bias, target), row_weight)
+    return _computed(call, o, _one(hidden), memory) * factor
 
 
 linear_cross_entropy_sum = define_composite(
@@ -550,9 +555,8 @@ def _linear_cross_entropy_z(
     _one_of("reduction", reduction, REDUCTIONS[:2])
     how = Transform(scale, divisor, softcap, wide)
     sums = torch.promote_types(torch.float32, hidden.dtype)
-    row_weight, z_weight = (
-        _of_rows(n, w, target, sums) for n, w in (("row_weight", row_weight), ("z_weight", z_weight))
-    )
+    row_weight = _of_rows("row_weight", row_weight, target, sums)
+    z_weight = _of_rows("z_weight", z_weight, target, sums)
     counted = _counted(target, ignore_index, weight.shape[0])
     given = counted.to(sums) * factor if row_weight is None else torch.where(counted, row_weight * factor, 0)
     none: float | Tensor = 0.0
@@ -560,18 +564,20 @@ def _linear_cross_entropy_z(
         count = counted.sum()
         given, none = torch.where(count > 0, given / count, 0), torch.where(count > 0, 0.0, math.nan)
     squares = torch.full_like(given, z_factor) if z_weight is None else z_weight * z_factor
+    one = _one(hidden)
+    o = _Operands(hidden, weight, bias, target, given, squares)
     if _is_left(hidden, weight, 0.0, memory):
         z = _written_out(hidden, weight, bias, how)
         losses = F.cross_entropy(z, target, ignore_index=ignore_index, reduction="none")
-        return (losses * given).sum() + (squares * z.logsumexp(1).square()).sum() + none
+        return _reduced(losses, z.logsumexp(1), o, one) + none
     if not _can_fuse(hidden, weight, 0.0):
-        losses, lse = _linear_cross_entropy_lse(hidden, weight, bias, target, ignore_index, "none", *how[:4])
-        return (losses * given).sum() + (squares * lse.square()).sum() + none
+        made = _linear_cross_entropy_lse(hidden, weight, bias, target, ignore_index, "none", *how[:4])
+        return _reduced(*made, o, one) + none
     # A row whose label is ignored has a square. Of its loss, which counts nothing, any label will do.
     target = torch.where(counted & (given != 0), target, torch.where(squares != 0, 0, ignore_index))
+    bias, target = _dense(bias, target)
     call = _Call(ignore_index, how, (), BUDGET[memory])
-    one = torch.ones((), dtype=sums, device=hidden.device)
-    return _computed(call, _Operands(hidden, weight, *_dense(bias, target), given, squares), one, memory) + none
+    return _computed(call, o._replace(bias=bias, target=target), one, memory) + none
 
 
 linear_cross_entropy_z = define_composite(

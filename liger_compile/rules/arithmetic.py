@@ -12,7 +12,7 @@ from ..terms import Term, same, size
 from .base import RULES, Call, NotCanonical, cast, elementwise, infer_dtype, is_tensor, neg, negated, negative_dim, rule
 from .losses import is_logsumexp, is_maximum, logsumexp_with_maximum, loss_of_picked, unshifted
 from .rows import is_rowwise, is_scale
-from .sums import scaled_sum, sum_beside_squares, sum_of_rows
+from .sums import plus_squares, scaled_sum, sum_of_rows
 from .written_out import unit_of, written_out_gelu
 
 
@@ -101,7 +101,7 @@ def add(c: Call, x: Any, other: Any, *, alpha: Any = 1) -> Term:
                 return sub(c, a, b.args[0])  # x + (-y) -> x - y
             if a.op == "linear" and a.args[2] is None and b.op == "leaf" and b.shape is not None and len(b.shape) == 1:
                 return c("linear", *a.args[:2], b)  # linear(x, w) + b -> linear(x, w, b)
-        if (total := sum_beside_squares(c, x, y)) is not None:
+        if (total := plus_squares(c, x, y)) is not None:
             return total
         for a, b in ((x, y), (y, x)):
             if (lse := logsumexp_with_maximum(c, a, b)) is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..terms import Term, same
 from .base import Call, NotCanonical, cast, infer_dtype, negative_dim, rule, unwidened, widens
+from .rows import is_losses
 from .views import reshape_to, slice_
 
 
@@ -99,4 +100,4 @@ def _joined_losses(c: Call, parts: tuple[Term, ...]) -> Term | None:
 
 def _is_of_rows(x: Term) -> bool:
     x = unwidened(x.args[0] if x.op == "neg" else x)
-    return x.op == "logsumexp" or (x.op == "cross_entropy" and x.args[4] == "none")
+    return x.op == "logsumexp" or is_losses(x)

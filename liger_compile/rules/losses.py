@@ -24,7 +24,7 @@ from .base import (
     widens,
 )
 from .layers import linear
-from .rows import has_rows, is_columns, is_one_number, is_rowwise, is_scale, is_scaled_sigmoid
+from .rows import flat, has_rows, is_columns, is_one_number, is_rowwise, is_scale, is_scaled_sigmoid
 from .views import move_dim, reshape_to, slice_
 from .written_out import without_number
 
@@ -96,7 +96,7 @@ def loss_of_picked(c: Call, picked: Any, total: Any) -> Term | None:
     """logsumexp(z) - z[y] -> cross_entropy(z, y)"""
     if not (is_tensor(picked) and is_tensor(total)):
         return None
-    z, lse = _flat(picked), _flat(total)
+    z, lse = flat(picked), flat(total)
     if z.op != "pick" or lse.op != "logsumexp" or not same(picked.shape, total.shape):
         return None
     if z.args[0] is not unwidened(lse.args[0]):
@@ -104,15 +104,9 @@ def loss_of_picked(c: Call, picked: Any, total: Any) -> Term | None:
     return _loss_of_rows(c, unshifted(c, lse.args[0]), z.args[1])
 
 
-def _flat(x: Term) -> Term:
-    """What `_of_flat` has given a shape, and a cast perhaps a wider dtype."""
-    x = unwidened(x)
-    return x.args[0] if x.op == "reshape" else x
-
-
 def is_logsumexp(c: Call, total: Term, x: Term) -> bool:
     """Whether this is that of each row of x, which broadcasts."""
-    lse, x = _flat(total), unwidened(x)
+    lse, x = flat(total), unwidened(x)
     if c.shape is None or lse.op != "logsumexp" or not has_rows(x):
         return False
     return same(total.shape, (*x.shape[:-1], 1)) and unwidened(lse.args[0]) is _flat_rows(c, x)
@@ -140,13 +134,13 @@ def _is_detach(m: Term) -> bool:
 
 def logsumexp_with_maximum(c: Call, lse: Term, most: Term) -> Term | None:
     """logsumexp(z - max(z)) + max(z) -> logsumexp(z)"""
-    flat = _flat(lse)
-    if c.shape is None or flat.op != "logsumexp" or not same(lse.shape, most.shape):
+    rows = flat(lse)
+    if c.shape is None or rows.op != "logsumexp" or not same(lse.shape, most.shape):
         return None
-    shifted = unwidened(flat.args[0])
+    shifted = unwidened(rows.args[0])
     if shifted.op != "shifted" or _as_made(unwidened(shifted.args[1])) is not _as_made(unwidened(most)):
         return None
-    return _of_flat(c, "logsumexp", unshifted(c, flat.args[0]), -1)
+    return _of_flat(c, "logsumexp", unshifted(c, rows.args[0]), -1)
 
 
 def unshifted(c: Call, x: Term) -> Term:

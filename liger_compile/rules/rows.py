@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..terms import Term, same
-from .base import Call, is_tensor, widens
+from .base import Call, is_tensor, unwidened, widens
 
 
 def is_rowwise(x: Term) -> bool:
@@ -44,10 +44,15 @@ def has_rows(x: Term) -> bool:
     return is_rowwise(x.args[0] if x.op == "shifted" or (x.op == "log_softmax" and x.args[1] == -1) else x)
 
 
-def has_losses(x: Term) -> bool:
-    """Whether x is the losses of rows, in any shape."""
-    x = x.args[0] if x.op == "reshape" else x
+def is_losses(x: Term) -> bool:
+    """Whether x is the losses of rows, flat."""
     return x.op == "cross_entropy" and x.args[4] == "none"
+
+
+def flat(x: Term) -> Term:
+    """What was given a shape, and perhaps cast to a wider dtype."""
+    x = unwidened(x)
+    return x.args[0] if x.op == "reshape" else x
 
 
 def of_rows(c: Call, x: Term, move: Callable[[Term], Term]) -> Term:

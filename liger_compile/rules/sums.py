@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ..terms import Term, same
-from .base import Call, cast, is_tensor, unwidened, widens
+from .base import Call, cast, is_tensor, widens
 from .losses import logsumexp_of_head
+from .rows import flat, is_losses
 from .written_out import times_number
 
 DEPTH = 12
@@ -42,20 +43,22 @@ def scaled_sum(c: Call, x: Term, y: Any) -> Term | None:
     return None if factor is None else c(x.op, rows, weights, factor)
 
 
-def sum_beside_squares(c: Call, x: Term, y: Term) -> Term | None:
-    """k cross_entropy(z, y, "sum") + sum_of_squares(..) -> sum_of_losses(.., k) + sum_of_squares(..)"""
+def plus_squares(c: Call, x: Term, y: Term) -> Term | None:
+    """loss + sum_of_squares(..) -> plus_squares(loss, sum_of_squares(..)), to be found among all sums"""
     x, y = (y, x) if x.op == "sum_of_squares" else (x, y)
+    return c("plus_squares", _as_sum_of_losses(c, x), y) if y.op == "sum_of_squares" else None
+
+
+def _as_sum_of_losses(c: Call, x: Term) -> Term:
+    """k cross_entropy(z, y, "sum") -> sum_of_losses(.., k)"""
     scaled = x.op == "mul" and isinstance(x.args[0], Term)
     loss = x.args[0] if scaled else x
-    if y.op != "sum_of_squares" or loss.op != "cross_entropy" or loss.args[4] != "sum":
-        return None
-    logits, target, weight, ignored, _, smoothing = loss.args
-    rows = c.step(
-        "cross_entropy", logits, target, weight, ignored, "none", smoothing, like=loss, shape=logits.shape[:1]
-    )
+    if loss.op != "cross_entropy" or loss.args[4] != "sum":
+        return x
+    logits, *rest, _, smoothing = loss.args
+    rows = c.step("cross_entropy", logits, *rest, "none", smoothing, like=loss, shape=logits.shape[:1])
     total = c.step("sum_of_losses", rows, None, 1.0, like=loss)
-    total = scaled_sum(Call(c.terms, x.dtype, x.shape), total, x.args[1]) if scaled else total
-    return None if total is None else c("add", total, y)
+    return (scaled_sum(Call(c.terms, x.dtype, x.shape), total, x.args[1]) or x) if scaled else total
 
 
 def leads_to_rows(x: Term, depth: int = DEPTH) -> bool:
@@ -65,12 +68,10 @@ def leads_to_rows(x: Term, depth: int = DEPTH) -> bool:
 
 def _rows(x: Term) -> tuple[str, Term] | None:
     """The name of their sum and the flat rows, if that is what x is, in any shape."""
-    if x.op == "cross_entropy" and x.args[4] == "none":
+    if is_losses(x):
         return "sum_of_losses", x
-    if x.op == "square":
-        lse = unwidened(x.args[0])
-        lse = lse.args[0] if lse.op == "reshape" else lse
-        return ("sum_of_squares", lse) if lse.op == "logsumexp" else None
+    if x.op == "square" and (lse := flat(x.args[0])).op == "logsumexp":
+        return "sum_of_squares", lse
     return None
 
 
@@ -98,7 +99,9 @@ def _total(c: Call, x: Term, weights: Term | None, factor: float) -> Term | None
         return None  # each of them is taken several times
     if x.op == "add":
         parts = [_total(c, a, weights, factor) for a in inner]
-        return c("add", *parts) if len(parts) == 2 and None not in parts else None
+        if len(parts) != 2 or None in parts:
+            return None
+        return plus_squares(c, *parts) or c("add", *parts)
     if x.op == "neg":
         factor = -factor
     elif x.op in ("mul", "call"):

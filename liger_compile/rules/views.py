@@ -9,7 +9,7 @@ import torch
 
 from ..terms import Expr, PatternError, Term, arith, same, size
 from .base import Call, NotCanonical, is_tensor, negative_dim, rule, through_cast, widens
-from .rows import has_losses, has_rows, of_rows
+from .rows import flat, has_rows, is_losses, of_rows
 
 
 def slice_(c: Call, x: Term, dim: int, lo: Any, hi: Any, step: Any = 1) -> Term:
@@ -111,7 +111,7 @@ def reshape_to(c: Call, x: Term, shape: Any) -> Term:
         return x
     if x.op == "reshape":
         return reshape_to(c, x.args[0], shape)
-    if x.op == "neg" and has_losses(x.args[0]):
+    if x.op == "neg" and is_losses(flat(x.args[0])):
         inner = reshape_to(c, x.args[0], shape)
         return c.step("neg", inner, like=inner)
     if (repeated := _repeated(c, x, shape)) is not None:
