@@ -778,6 +778,19 @@ def test_groups(repeat, kind):
     assert_same(function, inputs)
 
 
+def test_one_head_for_all():
+    def function(q, k, v):
+        k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    inputs = heads(groups=1)
+    report = report_of(function, *inputs)
+    assert report.counts == {"attention": 1}, report
+    (call,) = [n for n in report.graphs[0].after.graph.nodes if n.op not in ("placeholder", "output")]
+    assert call.kwargs["enable_gqa"] and call.kwargs["is_causal"]
+    assert_same(function, inputs)
+
+
 @pytest.mark.parametrize("kind", ["mask", "mask of ones"])
 def test_groups_that_the_model_names(kind):
     def function(q, k, v):
